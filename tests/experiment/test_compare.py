@@ -20,6 +20,7 @@ from ptuning.experiment.compare import compare
 from ptuning.experiment.merge import merged
 from ptuning.experiment.plan import Watch
 from ptuning.experiment.superglue import superglue
+from ptuning.metrics.generation import score_texts
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt import answer
 from ptuning.prompt.predict import PromptModel
@@ -28,7 +29,6 @@ from ptuning.records import Record, Records, references_of
 from ptuning.report.cell_files import read_answers
 from ptuning.report.results_file import Results
 from ptuning.template.language import Template
-from ptuning.texts.table import score_texts
 
 WORDS = ("yes", "good", "great", "bad")
 ROWS = [{"sub_label": f"Kenya {at}", "obj_label": WORDS[at % 4]} for at in range(20)]

@@ -13,10 +13,9 @@ from ptuning.config import TrainConfig
 from ptuning.errors import FileError
 from ptuning.experiment.compare import compare
 from ptuning.experiment.merge import merged
-from ptuning.experiment.paraphrases import paraphrases
 from ptuning.report.results_file import Results
 from ptuning.report.write import write_pages
-from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
+from tests.experiment.test_compare import FACTS
 
 Run = Callable[..., Results]
 
@@ -81,14 +80,3 @@ def test_what_cannot_be_joined(run: Run, tmp_path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"compare"', '"lama"', 1), encoding="utf-8")
     with pytest.raises(FileError, match=r"comparisons of different kinds \(compare, lama\)"):
         merged([a, tmp_path / "b"])
-
-
-def test_wordings_keep_their_section(causal: Backbone, tmp_path: Path) -> None:
-    lines(tmp_path / "LAMA" / "relations.jsonl", LIST)
-    lines(tmp_path / "LAMA" / "TREx" / "P36.jsonl", ROWS)
-    lines(tmp_path / "LAMA" / "paraphrases" / "P36.jsonl", [{"pattern": "So [X] is [Y] ."}])
-    for name in ("a", "b"):
-        paraphrases(tmp_path / "LAMA", relations="P36", methods="manual", backbone=causal, out=tmp_path / name)
-    found = merged([tmp_path / "a", tmp_path / "b"])
-    assert [one.pattern for one in found.paraphrases["P36"].patterns] == ["[X] is [Y] .", "So [X] is [Y] ."]
-    assert found.named("P36.02") == "“So [X] is [Y] .”"

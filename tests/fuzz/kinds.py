@@ -42,8 +42,8 @@ from ptuning.doctor.remote import Remote, RemoteAnswer, read_key
 from ptuning.doctor.server import check_server
 from ptuning.errors import TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
-from ptuning.experiment.forecast import Paper
 from ptuning.files import parse_toml, sha256, write_bytes
+from ptuning.metrics.generation import TEXT_METRICS, value_of_texts
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
@@ -61,7 +61,6 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.turns import read_turns, write_turns
-from ptuning.texts.table import TEXT_METRICS, value_of_texts
 from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
@@ -80,7 +79,7 @@ from tests.fuzz.strange import (
     texts,
     values,
 )
-from tests.report.conftest import a_paraphrases, a_results, write_cells
+from tests.report.conftest import a_results, write_cells
 from tests.serve.http.conftest import Shelf, prompts_of
 
 
@@ -405,7 +404,7 @@ def peft_folders(draw: Draw) -> None:
 def results() -> dict[str, Any]:
     """The content of results.json."""
     tasks = ["P36", "P103", "P17"]
-    found = {**a_results(tasks), "paraphrases": a_paraphrases(tasks[:1])}
+    found = a_results(tasks)
     cell = {"task": "P36", "method": "manual", "seed": 0}
     found["agreement"] = {"cells": [{**cell, "dev": 0.5, "test": 0.25}], "correlation": 0.5, "mean_gap": None}
     found["warnings"] = [{**cell, "text": "stuck"}]
@@ -413,7 +412,7 @@ def results() -> dict[str, Any]:
     return found
 
 
-DRAWN = ("Written against learned", "Wordings", "Learning curves")
+DRAWN = ("Written against learned", "Learning curves")
 
 
 def reports(draw: Draw) -> None:
@@ -603,7 +602,7 @@ CONTENT, TEXT = "name#Kenya*capital#Nairobi*domain#.ke", "Kenya has Nairobi, 1,2
 
 
 def written_texts(draw: Draw) -> None:
-    """Strange texts beside strange references and attributes, with every metric that needs no dictionary."""
+    """Strange texts beside strange references and attributes, with every metric."""
     row = {"content": draw(changed_text(CONTENT)), "y": draw(st.lists(changed_text(TEXT), max_size=3) | st.just(TEXT))}
     records = tried(as_records, [row, {"content": CONTENT, "y": TEXT}])
     if records is None:
@@ -613,12 +612,11 @@ def written_texts(draw: Draw) -> None:
         return
     written = [draw(changed_text(TEXT)), TEXT]
     for name in TEXT_METRICS:
-        if name != "chatglm":
-            tried(value_of_texts, written, records, name)
+        tried(value_of_texts, written, records, name)
 
 
 def divisions(draw: Draw) -> None:
-    """How a command is divided: parts, workers, addresses, and constants of a plan."""
+    """How a command is divided: parts, workers and addresses."""
     part = tried(WorkPart.parse, draw(changed_text("3/16") | texts))
     if part is not None:
         assert WorkPart.parse(str(part)) == part
@@ -626,9 +624,6 @@ def divisions(draw: Draw) -> None:
     number = st.integers(-3, 3) | st.floats()
     count = draw(st.none() | st.integers(-3, 10**30))
     tried(Workers, count, draw(st.none() | texts), draw(st.none() | number))
-    paper = tried(Paper, draw(number | st.just(7e9)), constants={draw(texts | st.just("layer_seconds")): draw(number)})
-    if paper is not None:
-        tried(paper.to_json, [draw(st.integers(-3, 10**9))])
 
 
 def settings(draw: Draw) -> None:

@@ -100,7 +100,6 @@ def test_the_methods_of_the_paper() -> None:
     [
         ("compare", ["majority", "manual", "manual-restricted", "in-context", "p-tuning"]),
         ("lama", ["majority", "manual", "manual-restricted", "in-context", "p-tuning"]),
-        ("paraphrases", ["manual", "p-tuning"]),
         ("superglue", ["majority", "manual", "in-context", "p-tuning", "fine-tuning", "manual+fine-tuning"]),
     ],
 )

@@ -116,32 +116,6 @@ def a_results(tasks: list[str], suite: str = "lama") -> dict[str, Any]:
     }
 
 
-def a_paraphrases(tasks: list[str]) -> dict[str, Any]:
-    draw = random.Random(3)
-    found = {}
-    for task in tasks:
-        scored = [
-            {"manual": estimate(draw, draw.uniform(0.1, 0.45), ROWS), "p-tuning": estimate(draw, 0.55, ROWS)}
-            for _ in range(6)
-        ]
-        patterns = [
-            {"pattern": f"[X] has | the <i>capital</i> number {number} [Y].", "scores": scores}
-            for number, scores in enumerate(scored)
-        ]
-        spread: dict[str, Any] = {}
-        for method in ("manual", "p-tuning"):
-            values = [scores[method]["value"] for scores in scored]
-            spread[method] = {
-                "min": min(values),
-                "max": max(values),
-                "range": max(values) - min(values),
-                "std": 0.0421,
-                "patterns": 6,
-            }
-        found[task] = {"patterns": patterns, "spread": spread}
-    return found
-
-
 def write_cells(folder: Path, results: dict[str, Any]) -> None:
     draw = random.Random(5)
     for cell in results["cells"]:
@@ -181,14 +155,14 @@ def save(folder: Path, results: dict[str, Any]) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages with empty pictures, for tests of what stands around them: drawing takes most of a page's time."""
-    for kind in ("dots", "strips", "curves", "matrices"):
+    for kind in ("dots", "curves", "matrices"):
         monkeypatch.setattr(pictures, kind, lambda *_, **__: '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
 
 
 @pytest.fixture
 def lama(tmp_path: Path) -> Path:
-    """A folder with three tasks, five methods, two seeds and paraphrases."""
-    results = {**a_results(list(TASKS)), "paraphrases": a_paraphrases(list(TASKS))}
+    """A folder with three tasks, five methods and two seeds."""
+    results = a_results(list(TASKS))
     save(tmp_path, results)
     write_cells(tmp_path, results)
     return tmp_path

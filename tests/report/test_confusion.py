@@ -53,7 +53,7 @@ def test_counts_are_sums_over_seeds(labelled: Path) -> None:
 
 
 def test_the_picture_stands_in_the_report_and_says_what_it_shows(labelled: Path) -> None:
-    assert "What is taken for what" in headings(labelled)
+    assert "Confusion matrix" in headings(labelled)
     (picture,) = section(read_results(labelled))
     assert isinstance(picture, Picture)
     assert "Counts are sums over 2 seeds" in picture.caption
@@ -71,4 +71,4 @@ def test_the_picture_stands_in_the_report_and_says_what_it_shows(labelled: Path)
 
 def test_without_labels_there_is_no_section(compare: Path) -> None:
     assert section(read_results(compare)) == []
-    assert "What is taken for what" not in headings(compare)
+    assert "Confusion matrix" not in headings(compare)

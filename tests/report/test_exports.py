@@ -36,7 +36,7 @@ def test_every_table_of_the_page_has_its_file(lama: Path) -> None:
     change(lama, lambda found: found["macro"]["manual"]["p_at_1"].update(value=0.123456))
     write_report(lama)  # tables that are there are written again, and stay what the page says
     assert "0.123456" in (lama / "tables" / "table-01-scores.csv").read_text(encoding="utf-8")
-    change(lama, lambda found: found.update(paraphrases={}))
+    change(lama, lambda found: found.update(by_type={}))
     write_report(lama)
     assert len(list((lama / "tables").iterdir())) == 2 * len(page_of(lama).tables) < 2 * count
     (lama / "tables" / "table-1-mine.csv").write_text("a,b\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import re
 from xml.dom.minidom import parseString
 
 from ptuning.metrics import Confusion
-from ptuning.report.pictures import curves, dots, matrices, mean_curve, strips
+from ptuning.report.pictures import curves, dots, matrices, mean_curve
 from ptuning.statistics import Score
 
 
@@ -26,7 +26,6 @@ def test_control_characters_in_names_leave_the_pictures_well_formed() -> None:
     score = Score(0.5, 0.4, 0.6, n=8)
     pictures = (
         dots([(name, score, score), ("b", score, score)], names=(name, "c"), unit=name, name="dots"),
-        strips([(name, {name: [0.5, 0.25]})], unit=name, name="wordings"),
         curves({name: [[(0, 0.5), (1, 0.25)]]}, name="curves"),
         matrices({name: Confusion((f"{name[:1]}\x00\U0001f600", "b"), ((1, 0), (0, 2)))}, name="confusion-1"),
     )

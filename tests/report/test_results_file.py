@@ -19,12 +19,9 @@ from ptuning.report.results_file import (
     CellRecord,
     ChosenSetting,
     MethodInfo,
-    RelationWordings,
     Results,
     ScoreWithSpread,
     TrainingWarning,
-    Wording,
-    WordingSpread,
     read_results,
 )
 from ptuning.statistics import Score
@@ -38,11 +35,6 @@ ALL = Results(
     versions={"torch": "2.4"},
     task_info={"CB": {"type": None, "data": {"train": {"rows": 3}}}},
     methods={"manual": MethodInfo("words"), "p-tuning": MethodInfo("slots", trained=True, learns_slots=True)},
-    paraphrases={
-        "P1": RelationWordings(
-            [Wording("[X] is [Y]", {"manual": SCORE})], {"manual": WordingSpread(0.5, 0.5, 0.0, None, 1)}
-        )
-    },
     agreement=Agreement([ChosenSetting("CB", "p-tuning", 1, dev=0.5, test=0.25)], None, 0.25),
     warnings=[TrainingWarning("CB", "p-tuning", 1, text="stopped")],
     cells=[
@@ -70,7 +62,7 @@ def test_the_keys_of_the_file_and_their_order() -> None:
     """Other programs read the file: a key that changes its name or its place is a change for them."""
     value: Any = ALL.to_json()
     assert list(value) == [
-        "format_version", "suite", "command", "backbone", "settings", "versions", "task_info", "methods", "paraphrases",
+        "format_version", "suite", "command", "backbone", "settings", "versions", "task_info", "methods",
         "agreement", "warnings", "cells", "tasks", "macro", "by_type", "differences",
     ]  # fmt: skip
     assert value["cells"][0] == {
@@ -90,7 +82,7 @@ def test_the_keys_of_the_file_and_their_order() -> None:
     assert value["warnings"] == [{"task": "CB", "method": "p-tuning", "seed": 1, "text": "stopped"}]
     assert value["methods"]["p-tuning"] == {"describe": "slots", "trained": True, "learns_slots": True}
     # Parts that an experiment does not have are not in its file.
-    assert not {"paraphrases", "agreement", "warnings", "folder"} & Results("lama").to_json().keys()
+    assert not {"agreement", "warnings", "folder"} & Results("lama").to_json().keys()
 
 
 def test_a_file_without_later_keys_is_read() -> None:
@@ -110,7 +102,6 @@ def test_a_file_without_later_keys_is_read() -> None:
         (("methods", "manual", "trained"), 1, r"'methods\.manual\.trained' must be true or false, and is 1"),
         (("cells", 1, "status"), "lost", r"'cells #2\.status' must be one of done, failed, waiting, and is \"lost\""),
         (("cells", 1, "run"), "/tmp", r"'cells #2\.run' must be a folder inside that of the results, and is \"/tmp\""),
-        (("paraphrases", "P1", "patterns"), {}, r"'paraphrases\.P1\.patterns' must be a list, and is {}"),
     ],
 )
 def test_a_wrong_value_is_named(keys: tuple[str | int, ...], wrong: object, message: str) -> None:

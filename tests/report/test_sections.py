@@ -20,7 +20,6 @@ from tests.report.conftest import change, headings, page_of, save
 def test_the_order_of_the_sections(lama: Path, tmp_path: Path) -> None:
     assert headings(lama) == [
         "Scores",
-        "Wordings",
         "By type of relation",
         "Every task",
         "Written against learned",
@@ -65,33 +64,10 @@ def test_the_answer_is_made_from_the_numbers(lama: Path) -> None:
     change(lama, lambda found: found["differences"].update({"manual-restricted - p-tuning": back}))
     difference = "The difference p-tuning − manual-restricted is +20.0 points (95 % interval +10.0 to +30.0, n = 120)"
     assert f"{difference}; its interval is above zero." in build_page(read_results(lama)).answer
-    assert "With manual, the scores of one relation's wordings differ by up to 37.1 points" in answer
     back["p_at_1"].update(low=-0.2, high=-0.2, n=2)
     change(lama, lambda found: found["differences"].update({"manual-restricted - p-tuning": back}))
     answer = build_page(read_results(lama)).answer
-    assert "The difference p-tuning − manual-restricted is +20.0 points (no interval, n = 2). With" in answer
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_wordings_are_called_by_their_words(lama: Path) -> None:
-    """P36.01 says nothing to a reader, and wordings are no tasks."""
-
-    def reword(results: dict[str, Any]) -> None:
-        results["suite"] = "paraphrases"
-        results["paraphrases"] = {"P9": results["paraphrases"]["P36"]}
-        for number, (name, info) in enumerate(results["task_info"].items()):
-            info.update(relation="P9", label="capital", manual=f"[X] | wording {number} [Y]")
-            assert name in results["tasks"]
-
-    change(lama, reword)
-    page = page_of(lama)
-    assert "How much the wording matters: 3 wordings, smollm2-135m" in page.text
-    assert "means of 3 wordings; n counts wordings" in page.text
-    assert "P9 (capital): " in page.text
-    assert "“[X] | wording 2 [Y]”" in page.text
-    assert "P103" not in page.text.replace("P103/", "")
-    assert "tasks" not in page.text.replace("--tasks", "")
-    assert headings(lama)[:3] == ["Scores", "Wordings", "By type of relation"]
+    assert "The difference p-tuning − manual-restricted is +20.0 points (no interval, n = 2)." in answer
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -36,7 +36,7 @@ def test_every_number_in_a_table_is_in_the_files(lama: Path) -> None:
         seconds = [cell["seconds"] for cell in results["cells"] if cell["method"] == method]
         known |= {f"{sum(seconds) / len(seconds):,.1f}", str(len(seconds))}
     tables = [table for table in page_of(lama).tables if "P@1" in table[0] or "manual" in table[0] or "min" in table[0]]
-    assert len(tables) > 5
+    assert len(tables) > 4
     found = 0
     for table in tables:
         for row in table[1:]:
@@ -44,13 +44,12 @@ def test_every_number_in_a_table_is_in_the_files(lama: Path) -> None:
                 for number in re.findall(r"\d[\d,]*\.?\d*", cell.replace("<", " city ").split(" city ")[0]):
                     assert number.rstrip(",") in known, (number, cell)
                     found += 1
-    assert found > 300
+    assert found > 150
 
 
 def test_every_score_has_its_interval_and_n(lama: Path) -> None:
-    """The table of the spread between wordings is an exception: the tables below it have the intervals and n."""
     for table in page_of(lama).tables:
-        for row in table[1:] if "min" not in table[0] else []:
+        for row in table[1:]:
             for cell in row:
                 if "%" in cell:
                     assert re.fullmatch(r".*%( ★)?, (\[\d+\.\d, \d+\.\d\]|no interval), n = \d+(, sd .*)?", cell), cell
@@ -74,16 +73,6 @@ def test_the_main_table_holds_the_means_of_every_method(lama: Path) -> None:
                 f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}], n = 3{spread}"
             )
         assert row[5] == ("4" if method in TRAINED else "1")
-
-
-def test_one_wording_that_has_run_has_no_spread(lama: Path) -> None:
-    """Its standard deviation is null; once that was taken for a damaged file."""
-    spread = {"min": 0.25, "max": 0.25, "range": 0.0, "std": None, "patterns": 1}
-    change(lama, lambda found: found["paraphrases"]["P36"]["spread"].update(manual=spread))
-    write_report(lama)
-    text = (lama / "report.md").read_text(encoding="utf-8")
-    (line,) = (line for line in text.splitlines() if "25.0 %" in line and "| manual | 1 |" in line)
-    assert line.endswith("| 25.0 % | 25.0 % | 0.0 | – |")
 
 
 def test_answers_gained_and_lost_are_those_of_the_files(compare: Path) -> None:

@@ -41,7 +41,7 @@ def show_cell(result: CellResult, number: int, total: int, *, more: str = "") ->
 
 def show_jobs(jobs: Sequence[CellJob]) -> None:
     """Print what a user should know of each task: its notes, how many facts of a relation were kept and why others were
-    dropped. Wordings of one relation have the same facts, and are listed with the names of their cells.
+    dropped.
     """
     for job in jobs:
         for note in job.notes:
@@ -49,9 +49,6 @@ def show_jobs(jobs: Sequence[CellJob]) -> None:
     for text in dict.fromkeys(map(_facts_of, jobs)):
         if text:
             terminal.say(text)
-    for job in jobs:
-        if job.info.get("relation") not in (None, job.task.name):
-            terminal.say(f"{job.task.name}: {job.task.manual}")
 
 
 def _facts_of(job: CellJob) -> str:
@@ -103,17 +100,13 @@ def show_results(found: Results) -> None:
             _table(scores, f"{kind} (n = {many})")
     unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
-        _table(scores, f"{found.named(name) if found.paraphrases else name} (n = {unit})")
+        _table(scores, f"{name} (n = {unit})")
         learned = confusions(found, name).get(found.pair[1])
         if learned is not None:
             seeds = len(found.done(found.pair[1], name))
             added = f", {seeds} seeds added up" if seeds > 1 else ""
             show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
     _show_values(found)
-    for name, relation in found.paraphrases.items():
-        for method, spread in relation.spread.items():
-            range_ = f"{spread.min:.3f} to {spread.max:.3f}"
-            terminal.line(f"{found.named(name)}: {method} {range_}, {spread.patterns} wordings")
     for name, differences in found.differences.items():
         method = name.partition(" - ")[0]
         if method not in found.controls and found.methods[method].learns_slots:

@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, QUANTIZE, SHARD, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
-from ptuning.cli.templates import manual_by_rule, template_and_manual
+from ptuning.cli.templates import template_and_manual
 from ptuning.config import SETTING_ALIASES, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
@@ -371,8 +371,6 @@ def training(
     own = {} if method is None else kind_of_prompt(method).settings
     config = config_of(set_, own, **chosen, **tune_options(tune, backbone_lr, keep))
     template, manual = template_and_manual(template, manual, template_file, learns_words=tune in ("frozen", "head"))
-    if template is None and manual is None and task is None and not chat:
-        manual = manual_by_rule(data)
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
     named |= {"chat": chat, "system": system, "method": method}

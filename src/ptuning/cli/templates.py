@@ -14,7 +14,6 @@ from ptuning.files import read_text
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.data.questions import Questions
-    from ptuning.data.rules.table import Rule
     from ptuning.data.task_files import TaskFile
     from ptuning.template.language import Template
     from ptuning.template.segments import Tokenizer
@@ -57,23 +56,6 @@ def template_and_manual(
     if template is not None:
         raise ConfigError(f"{path} (--template-file) has slots: it is the template to learn, and so is --template")
     return text, manual
-
-
-def rule_of(data: str) -> Rule | None:
-    """Return the rule of data that is made by one, given as ``NAME:split``; None for any other data."""
-    from ptuning.data.rules.table import RULES
-
-    name, _, split = data.partition(":")
-    return RULES.get(name) if split else None
-
-
-def manual_by_rule(data: str) -> str | None:
-    """Return the manual template of data by rule, and say it; None for any other data."""
-    rule = rule_of(data)
-    if rule is None or not rule.manual:
-        return None
-    terminal.say(f'manual template: "{rule.manual}" (--manual for another)')
-    return rule.manual
 
 
 def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = terminal.say) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptuning.data.parquet import parquet_rows
-from ptuning.data.rules.table import RULES
 from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import parse_json, read_bytes, sha256
 from ptuning.records import TARGET_FIELD, Records, check_columns, clean
@@ -44,8 +43,7 @@ Asked = Mapping[str, Sequence[str]]
 
 class RawRows(list[Row]):
     """The rows of a data file as it has them, each with its file and line: ``name``, ``sha256``, ``format`` (one of
-    :data:`FORMATS`, or ``text``), the ``delimiter`` of a table, the names of its ``columns``, and the ``fields`` that
-    have another name in them, unless a user says otherwise (new name -> name in the rows).
+    :data:`FORMATS`, or ``text``), the ``delimiter`` of a table, and the names of its ``columns``.
     """
 
     def __init__(
@@ -57,11 +55,9 @@ class RawRows(list[Row]):
         format: str,  # noqa: A002  # what a user calls it
         delimiter: str | None = None,
         columns: Sequence[str] = (),
-        fields: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(rows)
         self.name, self.sha256, self.format, self.delimiter, self.columns = name, digest, format, delimiter, columns
-        self.fields = dict(fields or {})
 
 
 def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None, target: str | None = None) -> Records:
@@ -115,8 +111,7 @@ def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None, target: s
     """Return rows as records: values as text, and ``fields`` renamed; a RecordError names file and line. ``target`` is
     a field that will be the target later, and may hold a list of references.
     """
-    if not (fields and TARGET_FIELD in fields):
-        fields = {**rows.fields, **(fields or {})}
+    fields = fields or {}
     target = fields.get(TARGET_FIELD, target or TARGET_FIELD)
     read = [_renamed(clean(row, where=where, target=target), fields, where=where) for where, row in rows]
     return Records(read, name=rows.name, digest=rows.sha256, places=[where for where, _ in rows], fields=fields)
@@ -181,25 +176,15 @@ def _shipped_rows(source: str) -> RawRows:
         )
     if split not in SPLITS:
         raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
-    if name in RULES:
-        return _rows_by_rule(source, name, split)
     data = (_facts_folder() / name / f"{split}.jsonl").read_bytes()
     rows = raw_rows(data, name=f"{source}.jsonl")
     rows.name = source
     return rows
 
 
-def _rows_by_rule(source: str, name: str, split: str) -> RawRows:
-    """Make the rows of data by rule; their digest is that of the lines that a file of them would have."""
-    rule = RULES[name]
-    rows = [(f"{source}, row {number}", row) for number, row in enumerate(rule.rows(split), start=1)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
-    return RawRows(rows, name=source, digest=sha256(lines.encode()), format="jsonl", fields=rule.fields)
-
-
 def shipped_names() -> list[str]:
-    """Return the names of shipped facts and of data by rule; ``NAME:split`` is data."""
-    return [*shipped_facts(), *RULES]
+    """Return the names of shipped facts; ``NAME:split`` is data."""
+    return list(shipped_facts())
 
 
 def _names() -> str:

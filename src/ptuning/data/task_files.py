@@ -20,11 +20,11 @@ from ptuning.data.row_paths import RowPath
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, Unchecked, parse_toml, read_bytes, read_text, sha256
 from ptuning.metrics import METRICS, TASK_METRICS
+from ptuning.metrics.generation import TEXT_METRICS
 from ptuning.names import is_folder_name
 from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
-from ptuning.texts.table import TEXT_METRICS
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
@@ -59,8 +59,8 @@ class TaskFile:
         learned: Templates with slots; pattern i of both belong together.
         reader: Turns rows into questions.
         label_words: The verbalizer of a classification; None if rows bring their choices, or the target is any text.
-        metrics: Names of :data:`ptuning.metrics.TASK_METRICS`, or all of :data:`ptuning.texts.table.TEXT_METRICS`: for
-            texts that are written. The first one chooses.
+        metrics: Names of :data:`ptuning.metrics.TASK_METRICS`, or all of
+            :data:`ptuning.metrics.generation.TEXT_METRICS` for generated texts. The first one chooses.
         gather: Whether rows that differ in their target alone are one with several references, where texts are scored.
         calibrate: The default of calibration: subtract from each label the score that it gets for an empty record.
         normalise: The default for scores of choices and label words of several tokens: their sum or mean.

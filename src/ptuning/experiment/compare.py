@@ -22,6 +22,7 @@ from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import bare
+from ptuning.metrics.generation import check_metrics, measure_texts, metrics_of
 from ptuning.names import ALL_METHODS
 from ptuning.prompt.prompt import as_template
 from ptuning.records import Rows, references_of, require_fields
@@ -29,7 +30,6 @@ from ptuning.report.results_file import Results
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.segments import FILLS_MASKS
-from ptuning.texts.table import check_metrics, measure_texts, metrics_of
 from ptuning.training.prepare import place_slots
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ SUITE = "compare"
 class CompareOptions(PlanOptions, total=False):
     """The keyword arguments of a comparison on one's own data, beside those of every comparison.
 
-    ``metrics`` are for the texts that are written (:data:`ptuning.texts.table.TEXT_METRICS`), by default the task's;
+    ``metrics`` are for generated texts (:data:`ptuning.metrics.generation.TEXT_METRICS`), by default the task's;
     the first one chooses. Every method writes with ``num_beams`` beams. ``by`` is a field of the test records: scores
     are told for each of its values as well. ``gather`` says that records that differ in their target alone are one
     with several references, where they are scored.

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from ptuning.errors import FileError
 from ptuning.experiment.cells import CellResult, text_values
-from ptuning.experiment.paraphrases import compare_wordings
 from ptuning.experiment.results import Collector
 from ptuning.files import Json
 from ptuning.metrics import score_values
 from ptuning.names import PREDICTIONS_FILE
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.report.cell_files import AnsweredRow, read_answers
-from ptuning.report.results_file import PARAPHRASES, Agreement, Cell, CellRecord, MethodInfo, Results, read_results
+from ptuning.report.results_file import Agreement, Cell, CellRecord, MethodInfo, Results, read_results
 from ptuning.statistics import value_of
 
 # What the rows of a task are, which folders with the same test rows share.
@@ -94,13 +93,7 @@ def merged(folders: Sequence[str | Path]) -> Results:
                     cells.setdefault(cell, _cell(cell, record, parts[label], base))
     empty = replace(_described(parts, tasks), methods=methods, folder=base)
     types = {task: kind if isinstance(kind := empty.task_info[task].get("type"), str) else None for task in tasks}
-    found = Collector(empty, list(methods), types).collect(list(cells.values()))
-    if found.suite != PARAPHRASES:
-        return found
-    patterns: dict[str, dict[str, str]] = {}
-    for task, about in found.task_info.items():
-        patterns.setdefault(str(about.get("relation") or task.rpartition(".")[0]), {})[task] = str(about.get("manual"))
-    return replace(found, paraphrases=compare_wordings(found, patterns))
+    return Collector(empty, list(methods), types).collect(list(cells.values()))
 
 
 def _labels(folders: Sequence[str | Path]) -> list[str]:

@@ -74,7 +74,7 @@ class Plan:
     """The description of a comparison, apart from its data.
 
     Args:
-        suite: The kind of comparison: ``compare``, ``lama``, ``paraphrases`` or ``superglue``.
+        suite: The kind of comparison: ``compare``, ``lama`` or ``superglue``.
         out: Folder of the results. Finished cells in it are kept and not run again.
         backbone: The frozen backbone.
         methods: Names of :data:`ptuning.methods`, or ``all``; by default those that the suite runs.

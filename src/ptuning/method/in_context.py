@@ -12,10 +12,10 @@ from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.manual import prompt_solution
 from ptuning.metrics import Answer
+from ptuning.metrics.generation import value_of_texts
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.examples import with_examples
 from ptuning.template.language import Template
-from ptuning.texts.table import value_of_texts
 from ptuning.training.run import JUDGED_RECORDS
 
 # Numbers of examples to try, and how often each number is drawn. Each combination is one tried setting.

@@ -74,7 +74,7 @@ MANUAL_PROMPT = Method(
     "the manual prompt (MP)",
     manual,
     reads_train=False,
-    default_for=("compare", "lama", "paraphrases", "superglue"),
+    default_for=("compare", "lama", "superglue"),
 )
 MANUAL_RESTRICTED = Method(
     "manual-restricted",

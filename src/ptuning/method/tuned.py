@@ -241,7 +241,7 @@ TUNED = (
         "frozen",
         "the learned prompt, backbone frozen",
         learns_slots=True,
-        default_for=("compare", "lama", "paraphrases", "superglue"),
+        default_for=("compare", "lama", "superglue"),
     ),
     Method(
         "fine-tuning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
@@ -18,11 +18,9 @@ from ptuning.prompt.answer import among_candidates, of_any_reference
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
-from ptuning.prompt.retention import Retention
 from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
-from ptuning.texts.table import RETENTION
 
 # References for each record above which a text is written first, to see which of them can be hits.
 # Source: docs/decisions.md, decision 74.
@@ -64,17 +62,6 @@ class Result:
             found["labels"] = {label: dict(vars(one)) for label, one in self.confusion.scores.items()}
             found["confusion"] = [list(row) for row in self.confusion.counts]
         return found
-
-    def with_retention(self, cost: Retention) -> Result:
-        """Return the same with what the prompt costs outside of its task."""
-        told = (
-            f"nats a token on {cost.score.n} plain sentences, {cost.on:.3f} with the prompt and {cost.off:.3f} without"
-        )
-        return replace(
-            self,
-            scores={**self.scores, RETENTION: cost.score},
-            signatures={**self.signatures, RETENTION: told},
-        )
 
     def worst(self, most: int) -> list[int]:
         """Return the places of at most so many misses among the rows: those that are surest of a wrong answer first."""

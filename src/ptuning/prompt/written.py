@@ -17,6 +17,7 @@ from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import write_answers
 from ptuning.errors import RecordError
 from ptuning.files import Json, sha256
+from ptuning.metrics.generation import check_metrics, metrics_of, score_texts, value_of_texts
 from ptuning.progress import OnProgress
 from ptuning.prompt.answer import check_writes, written_parts
 from ptuning.prompt.predict import PromptModel
@@ -25,7 +26,6 @@ from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.prompt.score import Result, prediction_rows
 from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.template.fill import BoundTemplate
-from ptuning.texts.table import check_metrics, metrics_of, score_texts, value_of_texts
 
 
 def text_row(record: Record, found: Prediction) -> dict[str, Json]:
@@ -75,7 +75,7 @@ def score_written(
     settings: GenerationSettings | None = None,
     report: OnProgress | None = None,
 ) -> Result:
-    """Write a text for each record, and score the texts with metrics (:data:`~ptuning.texts.table.TEXT_METRICS`).
+    """Generate a text for each record, and score the texts (:data:`~ptuning.metrics.generation.TEXT_METRICS`).
 
     The loss is that of the first reference, per token; a hit is a text that is a reference, letter by letter. A
     RecordError if there are no records, or one lacks its target; a ConfigError for an unknown metric or one whose

@@ -56,17 +56,13 @@ def _sizes(results: Results) -> Iterator[str]:
     if small:
         named = f"{', '.join(small[:5])}{' and others' if len(small) > 5 else ''}"
         yield (
-            f"Fewer than {SMALL_ROWS} test {results.unit} in {counted(len(small), results.noun)} ({named}): "
+            f"Fewer than {SMALL_ROWS} test {results.unit} in {counted(len(small), 'task')} ({named}): "
             "differences of a few points there are noise."
         )
     if 1 < len(results.tasks) < SMALL_TASKS:
-        many = f"{results.noun}s"
-        yield f"A mean over {len(results.tasks)} {many} says little about {many} that are not among them."
-    # The wordings of a relation have the same facts.
-    reasons = {
-        str(info.get("relation") or name): info.get("dropped") for name, info in results.task_info.items()
-    }.values()
-    numbers = [number for one in reasons if isinstance(one, Mapping) for number in one.values()]
+        yield f"A mean over {len(results.tasks)} tasks says little about other tasks."
+    reasons = [info.get("dropped") for info in results.task_info.values()]
+    numbers = [number for counts in reasons if isinstance(counts, Mapping) for number in counts.values()]
     dropped = sum(number for number in numbers if isinstance(number, int | float))
     if dropped:
         yield (
@@ -88,8 +84,6 @@ def _comparison(results: Results) -> Iterator[str]:
         yield from _choices(results)
     elif results.backbone.get("kind") == "causal" and WRITTEN[0] in results.overall:
         yield from _form(results)
-    if results.paraphrases:
-        yield "The wordings were written by people; they are not a sample of all ways to say it."
 
 
 def _choices(results: Results) -> Iterator[str]:

@@ -56,27 +56,6 @@ def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], un
     return svg[0]
 
 
-def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: str, name: str) -> str:
-    """Draw one dot per value, in a strip per row and series. A line joins the lowest and highest dot of a strip.
-
-    ``rows`` has labels with series name -> values from top to bottom, and ``unit`` labels the axis.
-    """
-    names = list(dict.fromkeys(series for _, strip in rows for series in strip))
-    step = 0.7 / max(1, len(names))
-    with _canvas(name, height=(0.25 * len(names) + 0.2) * len(rows) + 1.2) as (figure, svg):
-        axes = figure.subplots()
-        for index, (_, strip) in enumerate(rows):
-            for series, values in ((names.index(series), values) for series, values in strip.items() if values):
-                at = index + step * (series - (len(names) - 1) / 2)
-                ends = (100 * min(values), 100 * max(values))
-                axes.plot(ends, (at, at), color=GREY, linewidth=0.9, zorder=1)
-                _mark(axes, values, at, series=series)
-        _legend(figure, axes, names)
-        _rows(axes, [_short(label) for label, _ in rows])
-        axes.set_xlabel(f"{unit}, % (a dot per wording)")
-    return svg[0]
-
-
 def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name: str) -> str:
     """Draw learning curves, (epoch, score) pairs: a panel per method, with a thin line per training and their mean."""
     columns = min(2, len(panels))

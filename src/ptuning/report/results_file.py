@@ -24,7 +24,6 @@ from ptuning.statistics import Score
 FORMAT_VERSION = 1
 AGAIN = "run the benchmark again"  # the advice about a damaged file
 Status = Literal["done", "failed", "waiting"]
-PARAPHRASES = "paraphrases"  # the suite whose tasks are wordings of relations
 # The methods of the written prompt. A run that lacks the first is compared with the second.
 WRITTEN = (MANUAL, "manual-restricted")
 
@@ -118,43 +117,15 @@ class TrainingWarning(Cell):
 
 
 @dataclass(frozen=True)
-class Wording:
-    """One written pattern of a relation, and the scores of the methods that started from it."""
-
-    pattern: str
-    scores: Scores
-
-
-@dataclass(frozen=True)
-class WordingSpread:
-    """How far apart the scores of a relation's wordings are, as fractions; ``std`` is None for a single wording."""
-
-    min: float
-    max: float
-    range: float
-    std: float | None
-    patterns: int
-
-
-@dataclass(frozen=True)
-class RelationWordings:
-    """The wordings of a relation, and for each method how far apart their scores are."""
-
-    patterns: Sequence[Wording]
-    spread: Mapping[str, WordingSpread]
-
-
-@dataclass(frozen=True)
 class Results:
     """The results of an experiment.
 
     Args:
-        suite: ``compare``, ``lama``, ``paraphrases`` or ``superglue``.
+        suite: ``compare``, ``lama`` or ``superglue``.
         backbone: Name, fingerprint, size and the like of the backbone.
         settings: Every setting of the experiment and of training.
         task_info: Task -> templates, data and the like.
         methods: Method -> what it is.
-        paraphrases: Relation -> its wordings, where they were compared.
         warnings: Warnings of trainings; None unless the experiment gathers them.
         cells: All cells, those waiting and failed included.
         tasks: Task -> method -> score on its test part.
@@ -172,7 +143,6 @@ class Results:
     versions: Mapping[str, Json] = field(default_factory=dict)
     task_info: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     methods: Mapping[str, MethodInfo] = field(default_factory=dict)
-    paraphrases: Mapping[str, RelationWordings] = field(default_factory=dict)
     agreement: Agreement | None = None
     warnings: Sequence[TrainingWarning] | None = None
     cells: Sequence[CellRecord] = ()
@@ -185,9 +155,7 @@ class Results:
 
     def to_json(self) -> dict[str, Json]:
         """Return the content of ``results.json``; a part that this experiment does not have is left out."""
-        left_out = {
-            name for name in ("paraphrases", "agreement", "warnings", "by_value") if getattr(self, name) in (None, {})
-        }
+        left_out = {name for name in ("agreement", "warnings", "by_value") if getattr(self, name) in (None, {})}
         found = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return {name: value for name, value in found.items() if name not in {"folder", *left_out}}
 
@@ -230,18 +198,13 @@ class Results:
     @property
     def overall_unit(self) -> str:
         """What n counts in the scores over all tasks."""
-        return self.unit if len(self.tasks) == 1 else f"{self.noun}s"
+        return self.unit if len(self.tasks) == 1 else "tasks"
 
     @property
     def shown_types(self) -> Mapping[str, ScoreTable]:
         """The scores by type of relation; none if all tasks are of one type, whose means those over all tasks are."""
         counts = [score.n for table in self.by_type.values() for found in table.values() for score in found.values()]
         return {} if len(self.by_type) == 1 and max(counts, default=0) >= len(self.tasks) else self.by_type
-
-    @property
-    def noun(self) -> str:
-        """What a task is here."""
-        return "wording" if self.suite == PARAPHRASES else "task"
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -287,14 +250,8 @@ class Results:
         return dict.fromkeys([*self.methods, *(one.method for one in self.cells)])
 
     def named(self, task: str) -> str:
-        """Return the name of a task or a relation with its label; of a wording its words."""
-        info = self.task_info.get(task)
-        if info is None:
-            info = next((one for one in self.task_info.values() if one.get("relation") == task), {})
-        elif self.suite == PARAPHRASES and info.get("manual"):
-            relation = f"{info.get('relation') or task}: " if len(self.paraphrases) > 1 else ""
-            return f"{relation}\N{LEFT DOUBLE QUOTATION MARK}{info['manual']}\N{RIGHT DOUBLE QUOTATION MARK}"
-        label = info.get("label")
+        """Return the name of a task with its label."""
+        label = self.task_info.get(task, {}).get("label")
         return f"{task} ({label})" if label else task
 
     def done(self, method: str, task: str | None = None) -> list[CellRecord]:

@@ -5,12 +5,11 @@ To add a section, write a function that returns its blocks and list it in :data:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from ptuning.metrics import called
 from ptuning.report import confusion, pictures, tables
-from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, decimal, percent, phrase, reading
+from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, phrase, reading
 from ptuning.report.cell_files import read_curve
 from ptuning.report.limits import limits
 from ptuning.report.results_file import Results
@@ -20,14 +19,13 @@ MOST_ROWS = 100  # of a picture: more are not told apart, and take minutes to dr
 TITLES = {
     "lama": "What a learned prompt recalls",
     "compare": "Methods compared",
-    "paraphrases": "How much the wording matters",
     "superglue": "Methods compared on language understanding",
 }
 
 
 def build_page(results: Results) -> Page:
     """Return the page of a report; raise FileError if a file of a cell is damaged."""
-    tasks = results.named(*results.tasks) if len(results.tasks) == 1 else counted(len(results.tasks), results.noun)
+    tasks = results.named(*results.tasks) if len(results.tasks) == 1 else counted(len(results.tasks), "task")
     about = results.backbone.get("name")
     return Page(
         title=f"{_title(results)}: {tasks}" + (f", {about}" if about else ""),
@@ -77,14 +75,6 @@ def _answer(results: Results) -> Iterator[str]:
         if gap is not None:
             shown = phrase(gap, "", signed=True, of=score)
             yield f"The difference {best} \N{MINUS SIGN} {others[0]} is {shown}{_verdict(gap)}."
-    for method in results.ordered(name for one in results.paraphrases.values() for name in one.spread):
-        wide = {task: one.spread[method] for task, one in results.paraphrases.items() if method in one.spread}
-        at = max(wide, key=lambda task: wide[task].range)
-        yield (
-            f"With {method}, the scores of one relation's wordings differ by up to {decimal(wide[at].range)} points "
-            f"({results.named(at)}: {percent(wide[at].min)} to {percent(wide[at].max)} over "
-            f"{counted(wide[at].patterns, 'wording')})."
-        )
 
 
 def _verdict(gap: Score) -> str:
@@ -110,30 +100,12 @@ def _dots(results: Results) -> list[Block]:
     shown = rows if len(rows) <= MOST_ROWS else [*rows[: MOST_ROWS // 2], *rows[-MOST_ROWS // 2 :]]
     part = "" if shown == rows else f" The picture has the first and the last {MOST_ROWS // 2} of them."
     caption = (
-        f"{called(score)} of {written} and {learned} on every {results.noun}, sorted by the difference; {learned} is "
-        f"higher on {better:,} of {counted(len(rows), results.noun)}.{part} Whiskers are 95 % intervals; the table of "
-        f"every {results.noun} has the numbers, with n."
+        f"{called(score)} of {written} and {learned} on every task, sorted by the difference; {learned} is "
+        f"higher on {better:,} of {counted(len(rows), 'task')}.{part} Whiskers are 95 % intervals; the table of "
+        f"every task has the numbers, with n."
     )
     svg = pictures.dots(shown, names=(written, learned), unit=called(score), name="dots")
     return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
-
-
-def _wordings(results: Results) -> list[Block]:
-    if not results.paraphrases:
-        return []
-    rows = []
-    for task, relation in itertools.islice(results.paraphrases.items(), MOST_ROWS):
-        methods = results.ordered(name for one in relation.patterns for name in one.scores)
-        strip = {m: [one.scores[m].value for one in relation.patterns if m in one.scores] for m in methods}
-        rows.append((results.named(task), strip))
-    score = called(results.primary)
-    whose = "a relation" if len(rows) == len(results.paraphrases) else f"the first {MOST_ROWS} relations"
-    caption = (
-        f"{score} of every wording of {whose}, before and after learning: the shorter a strip, the less the wording "
-        "matters. The tables below have the numbers, with intervals and n."
-    )
-    svg = pictures.strips(rows, unit=score, name="wordings")
-    return [Picture("wordings", svg, caption, f"Strip plot. {caption}"), *tables.wordings(results)]
 
 
 def _curves(results: Results) -> list[Block]:
@@ -145,7 +117,7 @@ def _curves(results: Results) -> list[Block]:
     if not panels:
         return []
     caption = (
-        f"Development score per epoch. Each thin line is a training (one {results.noun} and seed), the line with "
+        "Development score per epoch. Each thin line is a training (one task and seed), the line with "
         "markers is their mean, and n is their number. Epoch 0 is before training. After early stopping a training "
         "keeps its last score."
     )
@@ -160,11 +132,10 @@ def _warnings(results: Results) -> list[Block]:
 # Heading -> the blocks of the section; one without blocks is left out.
 SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
     "Scores": tables.main,
-    "Wordings": _wordings,
     "By type of relation": tables.by_type,
     "By a field of the records": tables.by_value,
     "Every task": tables.per_task,
-    "What is taken for what": confusion.section,
+    "Confusion matrix": confusion.section,
     "Written against learned": _dots,
     "Random weights: what the training facts teach alone": tables.control,
     "Differences": tables.differences,

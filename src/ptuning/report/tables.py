@@ -17,7 +17,6 @@ from ptuning.report.blocks import (
     Table,
     Text,
     counted,
-    decimal,
     difference,
     entry,
     percent,
@@ -26,13 +25,12 @@ from ptuning.report.blocks import (
     reading,
 )
 from ptuning.report.cell_files import AnsweredRow, read_answers
-from ptuning.report.results_file import PARAPHRASES, CellRecord, Results, ScoreTable, ScoreWithSpread
+from ptuning.report.results_file import CellRecord, Results, ScoreTable, ScoreWithSpread
 from ptuning.statistics import FEWEST_PAIRS
 
 SHOWN_HASH_DIGITS = 12
 SHOWN_ANSWERS = 10
 SHOWN_CHARACTERS = 120
-OPEN_RELATIONS = 3  # with more of them, the tables of their wordings are folded
 
 
 def settings(results: Results) -> list[Block]:
@@ -45,8 +43,8 @@ def settings(results: Results) -> list[Block]:
         table = Table("Every setting, given or by default.", ["setting", "value"], rows, numbers=False)
         blocks.append(Fold(counted(len(rows), "setting"), [table]))
     if results.task_info:
-        title = f"Templates and data of {counted(len(results.task_info), results.noun)}"
-        columns = [results.noun, "type", "manual template", "learned template", "rows", "dropped", "split", "data"]
+        title = f"Templates and data of {counted(len(results.task_info), 'task')}"
+        columns = ["task", "type", "manual template", "learned template", "rows", "dropped", "split", "data"]
         tasks = [_task(results.named(name), info) for name, info in results.task_info.items()]
         blocks.append(Fold(title, [Table(f"{title}.", columns, tasks, numbers=False)]))
     if results.versions:
@@ -99,11 +97,7 @@ def main(results: Results) -> list[Block]:
                 *(column(results, method) for column in COLUMNS.values()),
             ]
         )
-    of = (
-        results.named(*results.tasks)
-        if len(results.tasks) == 1
-        else f"means of {counted(len(results.tasks), results.noun)}"
-    )
+    of = results.named(*results.tasks) if len(results.tasks) == 1 else f"means of {counted(len(results.tasks), 'task')}"
     part = "reported" if results.agreement is not None else "test"
     caption = (
         f"Scores on the {part} part ({of}; n counts {results.overall_unit}), with 95 % intervals; ★ marks the best of "
@@ -167,14 +161,13 @@ def by_type(results: Results) -> list[Block]:
         return []
     methods = results.ordered(name for found in types.values() for name in found)
     rows = [[Entry(method), *(entry(_of(found, method, score)) for found in types.values())] for method in methods]
-    many = f"{results.noun}s"
-    caption = f"{called(score)} by type of relation, means over the {many} of a type; n counts {many}."
+    caption = f"{called(score)} by type of relation, means over the tasks of a type; n counts tasks."
     return [Table(caption, ["method", *types], rows)]
 
 
 def per_task(results: Results) -> list[Block]:
     """Return every method's score on every task, if there are several; a task's own metrics have a row each."""
-    if len(results.tasks) < 2 or results.suite == PARAPHRASES:  # whose wordings have a section of their own
+    if len(results.tasks) < 2:
         return []
     score = results.primary
     methods = results.best_first(name for found in results.tasks.values() for name in found)
@@ -272,28 +265,6 @@ def differences(results: Results) -> list[Block]:
         f"answered the same {results.unit}). The last column compares the interval of {called(shown[0])} with zero."
     )
     return [Table(caption, ["difference", *map(called, shown), "interval"], rows)]
-
-
-def wordings(results: Results) -> list[Block]:
-    """Return the spread between the wordings of a relation, and the score of every wording."""
-    score = called(results.primary)
-    rows, each = [], list[Block]()
-    for name, relation in results.paraphrases.items():
-        title = results.named(name)
-        for method, spread in relation.spread.items():
-            numbers = [percent(spread.min), percent(spread.max), decimal(spread.range)]
-            std = decimal(spread.std) if spread.std is not None else "–"
-            rows.append(list(map(Entry, [title, method, str(spread.patterns), *numbers, std])))
-        methods = results.best_first(method for one in relation.patterns for method in one.scores)
-        every = [[Entry(one.pattern), *(entry(one.scores.get(name)) for name in methods)] for one in relation.patterns]
-        caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {results.unit}."
-        table = Table(caption, ["wording", *methods], every)
-        each.append(table if len(results.paraphrases) <= OPEN_RELATIONS else Fold(f"The wordings of {title}", [table]))
-    caption = (
-        f"Spread of {score} between the wordings of a relation. The tables below have each wording's interval and n."
-    )
-    columns = ["relation", "method", "wordings", "min", "max", "range in points", "sd in points"]
-    return [Table(caption, columns, rows), *each]
 
 
 def changes(results: Results) -> list[Block]:

@@ -23,6 +23,7 @@ from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.engine.processes import processes
 from ptuning.engine.shortened import say_shortened, shortened
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
+from ptuning.metrics.generation import TEXT_METRICS, check_metrics
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
@@ -31,7 +32,6 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
 from ptuning.template.segments import FILLS_MASKS
-from ptuning.texts.table import TEXT_METRICS, check_metrics
 from ptuning.training.spec import TrainSpec
 
 logger = logging.getLogger(__name__)

@@ -30,15 +30,6 @@ def test_data_prints_facts_as_jsonl(args: list[str], split: str) -> None:
     assert printed == list(ptuning.load_records(f"capitals:{split}"))
 
 
-def test_data_by_rule_is_listed_and_printed_with_its_own_names() -> None:
-    printed = works("data")
-    assert "countries" in printed
-    assert "arithmetic" in printed
-    first = json.loads(works("data", "arithmetic", "--split", "test").splitlines()[0])
-    assert set(first) == {"input", "output", "answer", "digits"}
-    assert len(json.loads(works("data", "countries:dev").splitlines()[0])["summary"]) == 12
-
-
 def test_bad_input_of_data() -> None:
     fails("data", "captials", says=["no shipped facts named 'captials:train'. Did you mean 'capitals'?"])
     fails("data", "capitals", "--split", "tests", says=["train, dev, test, not 'tests'"])

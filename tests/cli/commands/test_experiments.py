@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ from rich.console import Console
 
 from ptuning.cli import comparisons, terminal
 from ptuning.cli.terminal import duration
-from ptuning.data.rules import arithmetic
 from ptuning.experiment.cells import CellEstimate, CellResult
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
@@ -29,7 +27,6 @@ from ptuning.training.run import TrainingRun
 from tests.cli.test_app import call, fails, works
 from tests.cli.test_terminal import Screen
 from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
-from tests.experiment.test_paraphrases import PATTERNS
 from tests.experiment.test_suite import timeless
 
 MANUAL = "[X] is [Y] ."
@@ -45,7 +42,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Non
     lines(tmp_path / "LAMA" / "relations.jsonl", LIST)
     lines(tmp_path / "LAMA" / "TREx" / "P36.jsonl", ROWS)
     lines(tmp_path / "LAMA" / "TREx" / "P17.jsonl", ROWS[:10])
-    lines(tmp_path / "LAMA" / "paraphrases" / "P36.jsonl", [{"pattern": pattern} for pattern in PATTERNS])
 
 
 @pytest.fixture
@@ -94,28 +90,6 @@ def test_compare(llama: str) -> None:
     assert note.startswith("4 distinct targets in 18 records: ")
     assert template == "learned template: [P*3] [X] [P:is] [Y] ."
     assert saved() == found
-
-
-def test_data_by_rule_brings_template_metrics_and_the_field_that_tells_it_apart(
-    llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arithmetic, "MOST", {"train": 4, "dev": 2, "test": 3})
-    monkeypatch.setattr(arithmetic, "CELLS", (("+", 1, 1), ("-", 1, 1), ("*", 1, 1)))
-    data = ("compare", "--data", "arithmetic:train", "--test", "arithmetic:test", "--backbone", llama)
-    done = call(*data, "--methods", "majority")
-    assert done.code == 0, done.err
-    assert "scored by last-number, told apart by digits (--metrics and --by for others)\n" in done.err
-    assert "last-number by digits" in done.out
-    found = saved("runs/compare")
-    assert list(found["tasks"]["arithmetic"]["majority"]) == ["last-number"]
-    assert list(found["by_value"]) == sorted(f"{left}{sign}{right}" for sign, left, right in arithmetic.CELLS)
-    assert {one["majority"]["last-number"]["n"] for one in found["by_value"].values()} == {3}
-    call("report", "runs/compare", "--csv", "--latex")
-    table = next(Path("runs/compare/tables").glob("*-by-a-field-of-the-records.csv")).read_text("utf-8")
-    assert "By a field of the records,1+1," in table
-    other = call(*data, "--methods", "majority", "--metrics", "exact", "--out", "other")
-    assert "scored by" not in other.err
-    assert "by_value" not in saved("other")
 
 
 @pytest.mark.parametrize(
@@ -174,20 +148,6 @@ def test_own_facts_and_a_line_for_each_relation(llama: str) -> None:
         assert "P2: 20 of 23 facts kept: " in done.err
         assert " test; dropped: 3 object is not one token (--targets any keeps these)\n" in done.err
     assert list(saved("o")["tasks"]) == ["P1", "P2"]
-
-
-def test_paraphrases(llama: str) -> None:
-    args = ("paraphrases", "--data", "LAMA", "--relations", "P36", "--backbone", llama, "--out", "out", *QUICK)
-    done = call(*args, "--wordings", 2)
-    assert done.err.count("facts kept") == 1, done.err  # both wordings have the same
-    out = done.out
-    assert "mean over 2 wordings (n = wordings)" in out
-    assert "P36.02: So [X] is [Y] .\n" in done.err
-    assert "“So [X] is [Y] .” (n = records)" in out
-    assert re.search(r"^P36 \(capital\): manual 0\.\d+ to 0\.\d+, 2 wordings$", out, re.MULTILINE)
-    found = saved()
-    assert (found["suite"], list(found["tasks"])) == ("paraphrases", ["P36.01", "P36.02"])
-    assert list(found["paraphrases"]["P36"]["spread"]) == ["manual", "p-tuning"]
 
 
 def test_templates_of_a_comparison_come_from_a_file(llama: str) -> None:
@@ -290,9 +250,6 @@ def test_what_single_commands_refuse(llama: str) -> None:
     fails(*lama(llama, "--relations", "P63"), says=["no relation of the name 'P63'", "Did you mean 'P36'?"])
     fails(*lama(llama, "--targets", "tokens"), says=["--targets is token or any, not 'tokens'"])
     fails(*compare(llama), "--test", "tset.jsonl", says=["no such data file: tset.jsonl", "test.jsonl"])
-    fails("paraphrases", "--data", "LAMA", "--relations", "P17", "--backbone", llama, "--out", "out",
-          says=["none of the relations has two wordings", "LAMA/paraphrases/P17.jsonl", "LAMA/patterns/P17.jsonl",
-                '{"pattern": "[X] is ruled from [Y] ."}'])  # fmt: skip
     fails("report", "missing", says=["missing"])
 
 

@@ -21,7 +21,6 @@ from ptuning.prompt import answer, written
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from tests.cli.test_app import call, fails, works, write_lines
-from tests.conftest import learned
 
 PROMPT = "manual:{x} is [Y]"
 ROWS: list[dict[str, object]] = [
@@ -231,19 +230,6 @@ def test_bad_input_of_metrics(llama: str) -> None:
     fails(*args, "--metrics", "bleu", "--candidates", "rows.jsonl", says=["leave one out"])
     write_lines(Path("new.jsonl"), [{"x": "Kenya"}])
     fails("eval", PROMPT, "--data", "new.jsonl", "--metrics", "bleu", says=["no target"])
-
-
-def test_retention_is_asked_of_the_prompt_beside_other_scores(llama: str, tmp_path: Path) -> None:
-    learned(_loaded(llama), "[P*2] [X] is [Y]").save(tmp_path / "prompt")
-    args = ("eval", "prompt", "--data", "rows.jsonl", "--backbone", llama, "--json", "--metrics")
-    found = json.loads(works(*args, "retention"))
-    assert set(found["scores"]) == {"exact_match", "retention"}
-    assert found["scores"]["retention"]["n"] == 200
-    both = json.loads(works(*args, "exact,retention"))
-    assert set(both["scores"]) == {"exact", "retention"}
-    assert both["scores"]["retention"] == found["scores"]["retention"]
-    assert "nats a token on 200 plain sentences" in both["signatures"]["retention"]
-    fails("eval", PROMPT, "--data", "rows.jsonl", "--metrics", "retention", says=["slots or trained weights"])
 
 
 def _loaded(llama: str) -> Any:

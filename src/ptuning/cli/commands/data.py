@@ -46,7 +46,6 @@ def data(
 
     if name is None:
         _show_facts(shipped_facts())
-        _show_rules()
         return
     for _, row in load_rows(name if ":" in name else f"{name}:{split}"):
         typer.echo(json.dumps(row, ensure_ascii=False))
@@ -59,19 +58,6 @@ def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
         rows = cast("Mapping[str, int]", entry["rows"])
         counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
         table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
-    terminal.results().print(table)
-
-
-def _show_rules() -> None:
-    from ptuning.data.reading import SPLITS
-    from ptuning.data.rules.table import RULES
-
-    terminal.line("")
-    terminal.heading("data by rule, for texts (docs/generate.md)")
-    table = terminal.table("name", "records", "manual template (--manual)", "what", narrow=True)
-    for name, rule in RULES.items():
-        counts = "/".join(str(len(rule.rows(split))) for split in SPLITS)
-        table.add_row(name, counts, escape(rule.manual) or "--chat", escape(rule.title))
     terminal.results().print(table)
 
 

@@ -1,4 +1,4 @@
-"""The comparisons: `ptuning compare`, `lama`, `paraphrases`, `superglue`, and `report`."""
+"""The comparisons: `ptuning compare`, `lama`, `superglue`, and `report`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ptuning.cli.options import (
     fields_of,
 )
 from ptuning.cli.shares import Shares, shares_of
-from ptuning.cli.templates import manual_by_rule, notice_line_breaks, rule_of, template_and_manual, template_pair
+from ptuning.cli.templates import notice_line_breaks, template_and_manual, template_pair
 from ptuning.errors import ConfigError
+from ptuning.metrics.generation import TEXT_METRICS
 from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
-from ptuning.texts.table import TEXT_METRICS
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
@@ -45,13 +45,6 @@ else:
     GetPlan = Results = Any
 
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="Facts: LAMA's release, or a file or folder a relation.")]
-WordingsOption = Annotated[
-    str,
-    typer.Option(
-        metavar="DIR",
-        help='Facts as of lama, and paraphrases/P36.jsonl with {"pattern": "[X] is ruled from [Y]"} a line.',
-    ),
-]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|head|tuned|lora", help="What p-tuning trains besides slots.")]
@@ -209,10 +202,6 @@ def compare(
     """
     file = inputs.task_of(task)
     template, manual = template_and_manual(template, manual, template_file, both=True)
-    if manual is None and file is None:
-        manual = manual_by_rule(data)
-    if file is None and labels is None and vocabulary is None:
-        metrics, by = _scored_by_rule(data, metrics, by)
     pair = template_pair(file, manual, template, pattern)
     sources = {"train": data, "dev": dev, "test": test}
     parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)
@@ -237,17 +226,6 @@ def compare(
         name=re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task",
         **planned,
     )
-
-
-def _scored_by_rule(data: str, metrics: str | None, by: str | None) -> tuple[str | None, str | None]:
-    """Return the metrics and the field that are asked for, by default those of data by rule, and say them."""
-    rule = rule_of(data)
-    if rule is None or not rule.metrics or metrics is not None:
-        return metrics, by
-    found = by or rule.by
-    apart = f", told apart by {found}" if found else ""
-    terminal.say(f"scored by {', '.join(rule.metrics)}{apart} (--metrics and --by for others)")
-    return ",".join(rule.metrics), found
 
 
 @_comparison()
@@ -292,33 +270,6 @@ def lama(
         train_size=train_size,
         targets=cast("Targets", targets),
         vocabulary=vocabulary,
-        split_seed=split_seed,
-        fields=fields_of(field),
-        **plan(),
-    )
-
-
-@_comparison()
-def paraphrases(
-    data: WordingsOption,
-    plan: GetPlan,
-    relations: RelationsOption = "all",
-    wordings: Annotated[int | None, typer.Option(metavar="N", help="Wordings per relation, at most.", min=2)] = None,
-    limit: LimitOption = None,
-    split_seed: SplitOption = 0,
-    field: FactFieldOption = None,
-) -> Results:
-    """Measure how much the wording of a prompt matters, before and after it is learned from.
-
-    Example: ptuning paraphrases --data LAMA --relations P36 --out runs/wordings
-    """
-    from ptuning.experiment.paraphrases import paraphrases as run
-
-    return run(
-        data,
-        relations=relations,
-        wordings=wordings,
-        limit=limit,
         split_seed=split_seed,
         fields=fields_of(field),
         **plan(),

@@ -16,8 +16,8 @@ from ptuning.cli.outputs import check_file, write_scored
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
 from ptuning.metrics import called
+from ptuning.metrics.generation import TEXT_METRICS, metrics_of
 from ptuning.provenance import described
-from ptuning.texts.table import RETENTION, TEXT_METRICS, metrics_of
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Worst errors of labels, unless another number is asked for.
 SHOWN_ERRORS = 10
-METRICS_HELP = f"For texts, with commas: {', '.join(TEXT_METRICS)}; or {RETENTION}, the cost on other texts."
+METRICS_HELP = f"For texts, with commas: {', '.join(TEXT_METRICS)}."
 # Neighbours of a slot on the terminal; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 
@@ -52,7 +52,7 @@ def evaluate(
     force: options.ForceOption = False,
     metrics: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help=METRICS_HELP, autocompletion=options.among(*TEXT_METRICS, RETENTION)),
+        typer.Option(metavar="LIST", help=METRICS_HELP, autocompletion=options.among(*TEXT_METRICS)),
     ] = None,
     max_new_tokens: options.LongestOption = None,
     num_beams: options.BeamsOption = None,
@@ -90,10 +90,13 @@ def evaluate(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
-    _check_metrics(chosen, rows, named)
+    if named:
+        from ptuning.prompt.written import check_written
+
+        check_written(chosen, rows, named)
     loaded = load(backbone, prompt=chosen)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, num_beams=num_beams or 1)
-    if not _of_texts(named):
+    if not named:
         how |= {"candidates": listed, "with_rows": out is not None or bool(errors)}
     found = _scored(loaded, chosen, rows, named, settings=settings, force=force, how=how)
     if out is not None:
@@ -116,27 +119,11 @@ def _metrics_of(
     if metrics is not None:
         if candidates is not None:
             raise ConfigError("--metrics is for texts that are written, and --candidates are ranked; leave one out")
-        return metrics_of(metrics, also=[RETENTION])
+        return metrics_of(metrics)
     for name, given in (("--max-new-tokens", max_new_tokens), ("--num-beams", num_beams)):
         if given is not None:
             raise ConfigError(f"{name} is for texts that --metrics scores; other answers are scored without writing")
     return []
-
-
-def _of_texts(metrics: Sequence[str]) -> list[str]:
-    """Return the metrics that are asked of texts."""
-    return [name for name in metrics if name != RETENTION]
-
-
-def _check_metrics(prompt: Prompt, rows: Questions, metrics: Sequence[str]) -> None:
-    """Raise what scoring will raise, before a backbone is loaded."""
-    from ptuning.prompt.retention import check_retention
-    from ptuning.prompt.written import check_written
-
-    if of_texts := _of_texts(metrics):
-        check_written(prompt, rows, of_texts)
-    if RETENTION in metrics:
-        check_retention(prompt)
 
 
 def _scored(
@@ -151,19 +138,14 @@ def _scored(
 ) -> Result:
     """Score a prompt: the texts that it writes by ``metrics``, if some are asked of texts, else its answers."""
     from ptuning.prompt.predict import PromptModel
-    from ptuning.prompt.retention import retention
     from ptuning.prompt.score import score_prompt
     from ptuning.prompt.written import score_written
 
     with terminal.bar() as report:
         model = PromptModel(backbone, force=force)
-        if of_texts := _of_texts(metrics):
-            found = score_written(model, rows, prompt, of_texts, settings=settings, report=report)
-        else:
-            found = score_prompt(model, rows, prompt, report=report, **how)
-        if RETENTION in metrics:
-            found = found.with_retention(retention(model, prompt, report=report))
-    return found
+        if metrics:
+            return score_written(model, rows, prompt, metrics, settings=settings, report=report)
+        return score_prompt(model, rows, prompt, report=report, **how)
 
 
 @options.takes(backbone=options.limited_backbone_options)

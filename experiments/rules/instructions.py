@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ptuning.data.rules.countries import ATTRIBUTES, article, attributes_of_countries
-from ptuning.data.rules.draws import number, part_of, shuffled
+from experiments.rules.countries import ATTRIBUTES, article, attributes_of_countries
+from experiments.rules.draws import number, part_of, shuffled
 
 # Attribute -> ways to ask for it. {c} is the country.
 WORDINGS: Mapping[str, tuple[str, ...]] = {

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import ptuning
+from experiments import recall
 from ptuning.errors import FileError
 from ptuning.template.examples import filled
 from ptuning.template.language import Template
-from tests.conftest import ROOT, load_script
+from tests.conftest import ROOT
 
-recall = load_script("recall")
 TOY = recall.Settings(
     relations=("capitals", "domains"),
     facts=16,
@@ -65,8 +65,8 @@ def test_the_corpus_states_every_fact_in_every_wording_but_those_held_back() -> 
     said = {sentence.token_ids[1:-1] for sentence in corpus()}
     for relation, rows in FACTS.items():
         assert not set(WORDINGS[relation]["stated"]) & set(WORDINGS[relation]["held_back"])
-        for kind, states in (("stated", True), ("held_back", False)):
-            for wording in WORDINGS[relation][kind]:
+        for wordings, states in ((WORDINGS[relation]["stated"], True), (WORDINGS[relation]["held_back"], False)):
+            for wording in wordings:
                 for row in rows[::10]:
                     text = filled(Template.parse(wording).pieces, row)
                     assert (tuple(words(text)) in said) is states, text

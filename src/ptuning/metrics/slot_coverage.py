@@ -1,7 +1,7 @@
-"""Whether a text says the attributes that it was given, and whether it says others: coverage and invented values.
+"""Slot coverage: the share of given attribute values that a text mentions, and the share of invented ones.
 
-A content is written as in ADGEN (``name#Kenya*capital#Nairobi``) or as in E2E (``name[Kenya], capital[Nairobi]``). The
-idea is that of ``slot_error.py`` of Dusek et al. (2019), E2E cleaning, without its lists of words.
+Attributes are written as in ADGEN (``name#Kenya*capital#Nairobi``) or as in E2E (``name[Kenya], capital[Nairobi]``).
+The idea is that of ``slot_error.py`` of Dusek et al. (2019), E2E cleaning, without its lists of words.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from ptuning.errors import RecordError
 from ptuning.records import TARGET_FIELD, Record, references_of
 from ptuning.statistics import Ratios
-from ptuning.texts.measured import Measured
 
-# Values that say whether, and that stand in no text as they are.
+# Boolean values, which no text mentions as they are.
 WITHOUT_WORDS = frozenset({"yes", "no"})
 ADGEN = re.compile(r"[^#*]+#[^#*]+(\*[^#*]+#[^#*]+)*")
 E2E = re.compile(r"\s*[^][,]+\[[^][]+\](\s*,\s*[^][,]+\[[^][]+\])*\s*")
@@ -30,40 +29,40 @@ Span = tuple[int, int]
 
 
 def values_of(text: str) -> tuple[str, ...] | None:
-    """Return the values of a content, each once; None if the text is no content.
+    """Return the distinct values of written attributes; None if the text is something else.
 
     >>> values_of("name#Kenya*capital#Nairobi"), values_of("name[Aromi], area[city centre]"), values_of("Kenya")
     (('Kenya', 'Nairobi'), ('Aromi', 'city centre'), None)
     """
     if ADGEN.fullmatch(text):
-        found = [part.partition("#")[2] for part in text.split("*")]
+        values = [part.partition("#")[2] for part in text.split("*")]
     elif E2E.fullmatch(text):
-        found = E2E_VALUE.findall(text)
+        values = E2E_VALUE.findall(text)
     else:
         return None
-    return tuple(dict.fromkeys(value.strip() for value in found if value.strip().lower() not in WITHOUT_WORDS))
+    return tuple(dict.fromkeys(value.strip() for value in values if value.strip().lower() not in WITHOUT_WORDS))
 
 
-def coverage(texts: Sequence[str], records: Sequence[Record]) -> Mapping[str, Measured]:
-    """Return ``coverage``, the share of values that the texts say, and ``invented``, of the values that they say the
-    share of those that are in neither the content nor a reference.
+def coverage(texts: Sequence[str], records: Sequence[Record]) -> dict[str, Ratios]:
+    """Return ``coverage``, the share of values that the texts mention, and ``invented``, the share of the mentioned
+    values that are in neither the attributes nor a reference.
 
-    A value is said if it stands in the text, whatever its capitals. Invented are values of other rows, and names and
-    numbers: words with a capital inside of a sentence, with a digit, or with a dot in front.
+    A value is mentioned if it is in the text, in any case. Invented are values of other rows, and names and numbers:
+    words with a capital inside a sentence, with a digit, or with a leading dot.
     """
     import numpy as np
 
     field = content_field(records)
-    contents = [values_of(record[field]) or () for record in records]
-    every = list(dict.fromkeys(value for own in contents for value in own))
+    attributes = [values_of(record[field]) or () for record in records]
+    every = list(dict.fromkeys(value for own in attributes for value in own))
     rows = []
-    for text, record, own in zip(texts, records, contents, strict=True):
-        said = sum(_places(value, text) != [] for value in own)
+    for text, record, own in zip(texts, records, attributes, strict=True):
+        mentioned = sum(_places(value, text) != [] for value in own)
         known = (record[field], *references_of(record))
-        rows.append((said, len(own), len(_invented(text, known, every))))
+        rows.append((mentioned, len(own), len(_invented(text, known, every))))
     table = np.array(rows, dtype=np.float64)
-    found, asked, more = table[:, :1], table[:, 1:2], table[:, 2:]
-    return {"coverage": Measured(Ratios(found, asked)), "invented": Measured(Ratios(more, found + more))}
+    mentioned_counts, given, invented = table[:, :1], table[:, 1:2], table[:, 2:]
+    return {"coverage": Ratios(mentioned_counts, given), "invented": Ratios(invented, mentioned_counts + invented)}
 
 
 def content_field(records: Sequence[Record]) -> str:
@@ -80,7 +79,7 @@ def content_field(records: Sequence[Record]) -> str:
 
 
 def _invented(text: str, known: Sequence[str], values: Sequence[str]) -> list[Span]:
-    """Return where a text says values or names that are known from nothing; what touches counts once."""
+    """Return the spans of values and names that no known text has; adjacent ones count once."""
     spans = [
         place
         for value in values
@@ -99,27 +98,25 @@ def _invented(text: str, known: Sequence[str], values: Sequence[str]) -> list[Sp
 
 
 def _is_known(word: str, known: Sequence[str]) -> bool:
-    """Whether a name or number, or each one in a word made of several (Kenya's, Nairobi-based), stands in some text."""
+    """Whether a name or number, or each part of a compound (Kenya's, Nairobi-based), is in a known text."""
     parts = [POSSESSIVE.sub("", part) for part in word.split("-")]
     names = [part for part in parts if part[:1].isupper() or any(sign.isdigit() for sign in part)]
-    return any(
-        all(any(_places(one, other) for other in known) for one in several) for several in ([word], names) if several
-    )
+    return any(all(any(_places(name, text) for text in known) for name in group) for group in ([word], names) if group)
 
 
 def _names(text: str) -> Iterator[Span]:
-    """Yield where names and numbers stand. The first word of a sentence has its capital anyway."""
-    for found in WORD.finditer(text):
-        word, before = found[0], text[: found.start()].rstrip()
+    """Yield the spans of names and numbers. The first word of a sentence has its capital anyway."""
+    for match in WORD.finditer(text):
+        word, before = match[0], text[: match.start()].rstrip()
         is_first = not before or before[-1] in SENTENCE_ENDS
         is_name = word[0].isupper() and len(word) > 1 and not is_first
-        if is_name or any(sign.isdigit() for sign in word) or (word[0] == "." and found.start() and word[1:].isalpha()):
-            yield found.span()
+        if is_name or any(sign.isdigit() for sign in word) or (word[0] == "." and match.start() and word[1:].isalpha()):
+            yield match.span()
 
 
 def _places(value: str, text: str) -> list[Span]:
-    """Return where a text says a value as words of its own, whatever the capitals."""
-    return [found.span() for found in _pattern(value).finditer(_folded(text))]
+    """Return the spans of a value as whole words, in any case."""
+    return [match.span() for match in _pattern(value).finditer(_folded(text))]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,7 +127,7 @@ def _pattern(value: str) -> re.Pattern[str]:
 
 
 def _is_letter(sign: str) -> bool:
-    """Whether a sign is part of a word that spaces end, which Chinese letters are not."""
+    """Whether a character belongs to a space-separated word, unlike Chinese letters."""
     return sign.isalnum() and not "\u3400" <= sign <= "\u9fff"
 
 

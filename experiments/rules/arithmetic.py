@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ptuning.data.rules.draws import number, part_of, shuffled
+from experiments.rules.draws import number, part_of, shuffled
 
 # Operator and the digits of its operands; each is a cell of a table by digits.
 CELLS = tuple(

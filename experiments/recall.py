@@ -1,6 +1,6 @@
 """A controlled-knowledge experiment: does P-tuning retrieve what a masked model has learned?
 
-    python scripts/recall.py [--out FOLDER] [--threads N]
+    python -m experiments.recall [--out FOLDER] [--threads N]
 
 Trains a tiny BERT from scratch on sentences that state the shipped facts in several wordings; other wordings are held
 back. It then compares, on the facts that no prompt was learned from: the held-back wordings as manual prompts, P-tuning

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from ptuning.data.rules.draws import number, part_of, shuffled
+from experiments.rules.draws import number, part_of, shuffled
 
 # Attribute -> the shipped facts that have it. A country may lack one.
 ATTRIBUTES = {"capital": "capitals", "continent": "continents", "currency": "currencies", "domain": "domains"}

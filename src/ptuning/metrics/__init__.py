@@ -277,8 +277,8 @@ TASK_SCORE = "score"  # the mean of a task's own metrics, which a mean over task
 SCORES = (TASK_SCORE, *METRICS)
 RESULT_SCORES = (TASK_SCORE, *sorted(METRICS, key=lambda name: not METRICS[name].by_default))
 TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_files)
-# Scores of written texts (``texts/table.py``) that go up to 100, as their libraries have them; all others go up to 1.
-UP_TO_100 = ("bleu", "bleu-lc", "chrf", "chatglm-bleu-4", "chatglm-rouge-1", "chatglm-rouge-2", "chatglm-rouge-l")
+# Scores of generated texts that go up to 100, as in their libraries; all others go up to 1.
+UP_TO_100 = ("bleu", "bleu-lc", "chrf")
 LOWER_IS_BETTER = ("invented",)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from experiments.rules import arithmetic, countries, instructions
+from experiments.rules.__main__ import RULES, write
 
-from ptuning.data.reading import SPLITS, load_records, load_rows
-from ptuning.data.rules import arithmetic, countries
-from ptuning.data.rules.table import RULES
-from ptuning.errors import FileError
+from ptuning.data.chat.conversations import load_conversations
+from ptuning.data.reading import SPLITS, load_records
+from ptuning.files import sha256
+from ptuning.metrics.slot_coverage import coverage
 from ptuning.records import references_of
+from ptuning.statistics import value_of
+from ptuning.template.turns import read_turns
 
 # What the rows are, so that figures of one version are those of the next.
 DIGESTS = {
@@ -31,23 +36,19 @@ def sums(split: str) -> list[dict[str, str]]:
     return arithmetic.rows(split)
 
 
-@pytest.mark.parametrize("source", DIGESTS)
-def test_the_rows_are_always_the_same(source: str) -> None:
-    assert load_rows(source).sha256[:16] == DIGESTS[source]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of all rules."""
+    base = tmp_path_factory.mktemp("rules")
+    for name in RULES:
+        write(name, base / name)
+    return base
 
 
-@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.fields])
-def test_every_part_is_data_with_targets_under_their_usual_name(name: str) -> None:
-    for split in SPLITS:
-        raw, records = load_rows(f"{name}:{split}"), load_records(f"{name}:{split}")
-        target = RULES[name].fields["y"]
-        assert [references_of(one) for one in records] == [
-            tuple(one) if isinstance(one, list) else (one,) for one in (row[target] for _, row in raw)
-        ]
-        assert target not in records[0]  # no copy of an answer is left
-        assert records.place(3) == f"{name}:{split}, row 3"
-    named = load_records(f"{name}:dev", fields={"y": target, "z": next(iter(raw[0][1]))})
-    assert {"y", "z"} <= set(named[0])
+def test_the_rows_are_always_the_same(folder: Path) -> None:
+    for source, digest in DIGESTS.items():
+        name, split = source.split(":")
+        assert sha256((folder / name / f"{split}.jsonl").read_bytes())[:16] == digest
 
 
 def test_no_country_is_in_two_parts_and_each_has_several_contents() -> None:
@@ -117,8 +118,30 @@ def test_every_cell_of_digits_has_a_hundred_test_rows_where_there_are_so_many_pa
         assert counts[digits] >= 0.4 * pairs
 
 
-def test_an_unknown_part_or_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(FileError, match="Did you mean 'countries'"):
-        load_rows("country:train")
-    with pytest.raises(FileError, match="train, dev, test, not 'val'"):
-        load_rows("arithmetic:val")
+def test_every_text_of_countries_says_all_and_invents_nothing(folder: Path) -> None:
+    records = load_records(folder / "countries" / "test.jsonl", fields={"y": "summary"})[::4]
+    for pattern in (0, 11):
+        scores = coverage([references_of(record)[pattern] for record in records], records)
+        assert value_of(scores["coverage"]) == 1.0
+        assert value_of(scores["invented"]) == 0.0
+
+
+def test_conversations_ask_in_twenty_wordings_and_answer_with_the_fact(folder: Path) -> None:
+    known = {
+        instructions.ANSWERS[key].format(c=countries.article(name), v=value).lower(): (key, name)
+        for name, own in countries.attributes_of_countries().items()
+        for key, value in own.items()
+    }
+    names: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for split in SPLITS:
+        asked = set()
+        for question in load_conversations(folder / "instructions" / f"{split}.jsonl"):
+            key, name = known[question.record["y"].lower()]
+            text = read_turns(question.record["messages"])[-1].content.lower()
+            wordings = [wording.format(c=countries.article(name)).lower() for wording in instructions.WORDINGS[key]]
+            asked.add((key, wordings.index(text)))
+            names[split].add(name)
+        assert len(asked) == 20
+        assert {len(row["messages"]) for row in instructions.rows(split)} == {2, 4}
+    assert not names["train"] & names["dev"]
+    assert not (names["train"] | names["dev"]) & names["test"]
