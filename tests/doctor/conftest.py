@@ -16,7 +16,7 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions
-from ptuning.doctor.checks import Check
+from ptuning.doctor import Check
 from ptuning.files import sha256
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
 from ptuning.prompt.asked import ToAnswer, typed_fields
@@ -126,7 +126,7 @@ def named(checks: list[Check]) -> dict[str, Check]:
     assert len(found) == len(checks), [one.name for one in checks]
     for one in checks:
         assert (one.remedy == "") == (one.status == "ok"), one
-        assert "\n" not in one.found + one.remedy
+        assert "\n" not in one.detail + one.remedy
     return found
 
 
@@ -194,7 +194,7 @@ FAULTS: Mapping[str, tuple[Callable[[Path, Backbone], None], str, str]] = {
     "changed": (_changed, "files", "its sha256 is not the one in prompt.json"),
     "NaN": (_not_finite, "vectors", "NaN or infinity in slot 2 of"),
     "a template that cannot be read": (_no_template, "prompt.json", "is damaged"),
-    "another backbone": (_other_backbone, "backbone", "learned on other/model (0000000000000000-1111111111111111)"),
+    "another backbone": (_other_backbone, "backbone", "trained on other/model (0000000000000000-1111111111111111)"),
     "slots of another tokenizer": (_other_slots, "tokenizer", "slots with this tokenizer, and the prompt has 2"),
     "label words": (_unknown_words, "prompt.json", "the word 'great' is given twice"),
 }

@@ -37,9 +37,7 @@ from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
-from ptuning.doctor.prompts import ReadPrompt, read_prompts
-from ptuning.doctor.remote import Remote, RemoteAnswer, read_key
-from ptuning.doctor.server import check_server
+from ptuning.doctor import Answer, CheckedPrompt, Server, check_server, read_prompts
 from ptuning.errors import TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
@@ -498,13 +496,13 @@ def odd_texts(draw: Draw) -> None:
 class Drawn:
     """Stands for a server: an answer for each page."""
 
-    answers: Mapping[str, RemoteAnswer]
+    answers: Mapping[str, Answer]
 
-    def get(self, path: str) -> RemoteAnswer:
+    def get(self, path: str) -> Answer:
         """Answer with what was drawn."""
         return self.answers[path]
 
-    def post(self, path: str, _: object) -> RemoteAnswer:
+    def post(self, path: str, _: object) -> Answer:
         """Answer with what was drawn."""
         return self.answers[path]
 
@@ -514,31 +512,27 @@ def servers(draw: Draw) -> None:
     with folder() as path:
         write_bytes(path / "keys", draw(changed_bytes(b"# a comment\nsecret-1\nsecret-2\n")))
         tried(Keys.read, path / "keys")
-        tried(read_key, path / "keys")
-    tried(Remote.of, draw(texts | changed_text("http://127.0.0.1:8000/v1")))
+    tried(Server, draw(texts | changed_text("http://127.0.0.1:8000/v1")))
     prompt = Prompt.manual("{x} is [Y]", label_words=LabelWords.of("a=yes; b=no"))
     row = {"prediction": "a", "probabilities": {"a": 0.5, "b": 0.5}, "candidates": [{"text": "a", "log_prob": -0.7}]}
-    owner = draw(st.sampled_from(("ptuning", "vllm")))
     right: dict[str, Any] = {
         "/health": {"status": "ok"},
         "/ready": {"status": "serving"},
         "/version": {"version": "0.1.0"},
-        "/v1/models": {"data": [{"id": "one", "owned_by": owner}]},
+        "/v1/models": {"data": [{"id": "one", "owned_by": "ptuning"}]},
         "/v1/predict": {"predictions": [row]},
-        "/v1/completions": {"error": {"message": "no"}},
-        "/v1/load_lora_adapter": {"detail": "Not Found"},
     }
     status = st.sampled_from((200, 200, 200, 302, 401, 404, 405, 503))
     changed = draw(st.sampled_from(sorted(right)))
     pages = {
-        path: RemoteAnswer(draw(status), as_python(draw(changed_json(value))), seconds=0.1)
+        path: Answer(draw(status), as_python(draw(changed_json(value))), seconds=0.1)
         if path == changed
-        else RemoteAnswer(200, value, seconds=0.1)
+        else Answer(200, value, seconds=0.1)
         for path, value in right.items()
     }
     drawn: Any = Drawn(pages)
-    for check in check_server(drawn, [ReadPrompt("one", "one", [], prompt)], tiny("llama")):
-        assert check.found
+    for check in check_server(drawn, [CheckedPrompt("one", "one", [], prompt)], tiny("llama")):
+        assert check.detail
         assert bool(check.remedy) == (check.status != "ok")
 
 

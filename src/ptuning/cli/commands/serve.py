@@ -13,6 +13,7 @@ import typer
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import load
 from ptuning.errors import ConfigError, FileError, PTuningError
+from ptuning.serve import CACHE_MEMORY, DRAIN_SECONDS, HOST, PORT, QUEUE_ROWS
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -33,8 +34,8 @@ def serve(
     prompts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of prompts; a prompt's name is its path in it.")
     ] = None,
-    host: Annotated[str, typer.Option(metavar="H", help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 for any that is free.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(metavar="H", help="Address to listen at.")] = HOST,
+    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 for any that is free.", min=0, max=65535)] = PORT,
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keys of users, one a line; without it, anybody may ask.")
     ] = None,
@@ -44,11 +45,15 @@ def serve(
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Listen at an address of the network without --api-key-file.")
     ] = False,
-    queue_rows: Annotated[int, typer.Option(metavar="N", help="Rows that may wait; more are refused.", min=1)] = 256,
-    drain: Annotated[float, typer.Option(metavar="SEC", help="For running requests, at the end.", min=0)] = 30.0,
+    queue_rows: Annotated[
+        int, typer.Option(metavar="N", help="Rows that may wait; more are refused.", min=1)
+    ] = QUEUE_ROWS,
+    drain: Annotated[
+        float, typer.Option(metavar="SEC", help="For running requests, at the end.", min=0)
+    ] = DRAIN_SECONDS,
     cache_memory: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of the free memory, for texts that come again.", min=0, max=1)
-    ] = 0.2,
+        float, typer.Option(metavar="SHARE", help="Share of the free memory for the prefix cache.", min=0, max=1)
+    ] = CACHE_MEMORY,
     access_log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A line of JSON a request; without it, on the error stream.")
     ] = None,

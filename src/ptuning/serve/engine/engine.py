@@ -13,6 +13,7 @@ import torch
 
 from ptuning.errors import RecordError
 from ptuning.prompt.predict import PromptModel
+from ptuning.serve import CACHE_MEMORY, QUEUE_ROWS
 from ptuning.serve.engine.beginnings import Beginnings
 from ptuning.serve.engine.filling import Filling
 from ptuning.serve.engine.job import CallRow, Job, Outcome, QueueFullError, Row, StoppedError, Token
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Defaults of `ptuning serve` as well.
-QUEUE_ROWS, CACHE_MEMORY = 256, 0.2
 # The thread counts as hung if it has not come round for so long while rows wait.
 HUNG_SECONDS = 120.0
 # Bounds of what a full queue says about the time until it has room.

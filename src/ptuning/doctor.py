@@ -1,0 +1,643 @@
+"""Checks of the installation: packages, this machine, a backbone, prompts and a running server. Nothing is changed.
+
+``run_checks`` is the entry; a function for each thing that is checked follows in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import psutil
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from ptuning.backbone import sources
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.families import families
+from ptuning.backbone.loading import load_backbone
+from ptuning.backbone.number_format import units
+from ptuning.backbone.sources import LoadOptions
+from ptuning.errors import ConfigError, PTuningError, cut
+from ptuning.exchange.rows import made_record
+from ptuning.files import Json, parse_json
+from ptuning.names import MANIFEST_FILE, PROMPT_FOLDER
+from ptuning.prompt.asked import ToAnswer, typed_fields
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.sharing import find_prompt
+from ptuning.prompt.storage import Stored, has_prompt, prompt_folders, read_prompt
+from ptuning.provenance import VERSION
+from ptuning.serve import PORT
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.segments import FILLS_MASKS
+
+PACKAGE = "ptuning"
+# The lines of constraints.txt, which is in no wheel, for the packages that are checked; a test keeps them equal.
+TESTED = (
+    "torch==2.13.0",
+    'transformers==5.20.2 ; python_version < "3.11"',
+    'transformers==5.23.0 ; python_version >= "3.11"',
+    "tokenizers==0.23.3",
+    "safetensors==0.8.0",
+    "peft==0.21.2",
+    "huggingface-hub==2.4.0",
+)
+OPTIONAL = {"peft": "prompts with LoRA adapters, and exports"}
+CGROUP = Path("/sys/fs/cgroup")  # limits of a container
+MIN_FREE_BYTES = 10**9  # the default backbone takes half of it
+# Norm of a slot relative to the mean norm of a token: 0.6 to 1.2 in trained prompts of the default backbone.
+MIN_NORM, MAX_NORM = 0.1, 10.0
+TOLERANCE = 1e-3  # of log-probabilities: rounding
+TIMED_REQUESTS = 5
+COMPARED_ANSWERS = 5
+SECONDS, ANSWER_SECONDS = 10.0, 120.0  # of a request to a server, and of one that computes an answer
+MAX_BYTES = 2**22  # of an answer
+NAME_BACKBONE = "name a backbone with --backbone"
+GIVE_KEY = "give the key that the server was started with: --api-key-file FILE"
+READ_LOG = "look into the server's log"
+
+Status = Literal["ok", "warning", "failed"]
+Progress = Callable[[str], AbstractContextManager[None]]  # shows what is waited for
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of one check: ``detail`` and ``remedy`` are one line each, and what is not ok has a remedy."""
+
+    group: str
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("detail", "remedy"):
+            object.__setattr__(self, name, cut(" ".join(str(getattr(self, name)).split()), 500))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the check as ``doctor --json`` prints it."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedPrompt:
+    """A prompt's name and folder, the checks of its files, and the prompt itself if they are sound."""
+
+    name: str
+    folder: str
+    checks: Sequence[Check]
+    prompt: Prompt | None = None
+
+    @property
+    def group(self) -> str:
+        """Group of its checks."""
+        return f"prompt {self.name}"
+
+
+def run_checks(
+    prompts: Iterable[str] = (),
+    *,
+    backbone: str | None = None,
+    options: LoadOptions | None = None,
+    server: Server | None = None,
+    progress: Progress = lambda _: nullcontext(),
+) -> Iterator[Check]:
+    """Yield all checks, each as soon as it is made. The backbone is the given one, else that of the first prompt, else
+    the default; it is loaded once. A failure never ends the checks.
+
+    Raises:
+        ConfigError: If a prompt is given that has no files.
+    """
+    read = read_prompts(prompts)
+    yield from check_packages()
+    yield from check_machine()
+    yield from check_extras()
+    loaded = yield from _check_own_backbone(backbone, options or LoadOptions(), read, progress)
+    for prompt in read:
+        yield from prompt.checks
+        if loaded is not None:
+            with progress(f"checking {prompt.name}"):
+                fit = list(check_fit(prompt, loaded))
+            yield from fit
+    if server is not None:
+        checks = check_server(server, read, loaded)
+        while True:
+            with progress("asking the server"):
+                check = next(checks, None)
+            if check is None:
+                return
+            yield check
+
+
+def check_packages() -> Iterator[Check]:
+    """Compare the versions of Python and packages with those needed and tested."""
+    needed: dict[str, SpecifierSet] = {}
+    try:
+        python, wanted = platform.python_version(), metadata.metadata(PACKAGE)["Requires-Python"] or ""
+        yield Check("versions", PACKAGE, "ok", VERSION)
+        if SpecifierSet(wanted).contains(python, prereleases=True):
+            yield Check("versions", "python", "ok", python)
+        else:
+            yield Check("versions", "python", "failed", f"{python}; needed: {wanted}", f"install Python {wanted}")
+        own = _requirements(PACKAGE)
+        for requirement in (*own[""], *own.get("lora", ())):
+            needed[requirement.name] = requirement.specifier
+    except metadata.PackageNotFoundError:
+        detail = f"{VERSION}, not installed as a package, so needed versions are unknown"
+        yield Check("versions", PACKAGE, "warning", detail, "install it, from its source with: pip install -e .")
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for requirement in _requirements("transformers")[""]:
+            name = requirement.name.replace("_", "-")
+            needed[name] = needed.get(name, SpecifierSet()) & requirement.specifier
+    for name, tested in tested_versions().items():
+        version, wanted_versions = _installed(name), needed.get(name, SpecifierSet())
+        install = f"pip install '{name}=={tested}'"
+        if version is None and name in OPTIONAL:
+            yield Check("versions", name, "ok", f"not installed; needed for {OPTIONAL[name]}")
+        elif version is None:
+            yield Check("versions", name, "failed", "not installed", install)
+        elif not wanted_versions.contains(version, prereleases=True):
+            yield Check("versions", name, "failed", f"{version}; needed: {wanted_versions}", install)
+        elif _series(version) > _series(tested):
+            detail = f"{version} is newer than the tested {tested}"
+            yield Check("versions", name, "warning", detail, f"if something fails: {install}")
+        else:
+            yield Check("versions", name, "ok", f"{version} (tested: {tested})")
+
+
+def check_extras() -> Iterator[Check]:
+    """List the optional extras; a missing one is no fault."""
+    try:
+        requirements = _requirements(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return
+    for extra, needs in requirements.items():
+        missing = [need.name for need in needs if _installed(need.name) is None]
+        if extra and all(need.name != PACKAGE for need in needs):  # an extra of extras is for developers
+            install = f"pip install '{PACKAGE}[{extra}]'"
+            detail = f"not installed (missing: {', '.join(missing)}): {install}" if missing else "installed"
+            yield Check("extras", extra, "ok", detail)
+
+
+def tested_versions() -> dict[str, str]:
+    """Return the tested version of each package with this Python."""
+    lines = [Requirement(line) for line in TESTED]
+    return {
+        line.name: next(iter(line.specifier)).version for line in lines if line.marker is None or line.marker.evaluate()
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return str(Version(metadata.version(name)))
+    except (metadata.PackageNotFoundError, InvalidVersion, TypeError):
+        return None
+
+
+def _requirements(package: str) -> dict[str, list[Requirement]]:
+    """Return the requirements of a package itself (key "") and of each of its extras."""
+    lines = [Requirement(line) for line in metadata.requires(package) or []]
+    always = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+    return {"": always} | {
+        extra: [line for line in lines if line not in always and line.marker and line.marker.evaluate({"extra": extra})]
+        for extra in metadata.metadata(package).get_all("Provides-Extra") or []
+    }
+
+
+def _series(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version up to the first that is not 0, whose change may break something.
+
+    >>> _series("5.23.0"), _series("0.21.2")
+    ((5,), (0, 21))
+    """
+    release = Version(version).release
+    return release[: next((at for at, number in enumerate(release) if number), 0) + 1]
+
+
+def check_machine() -> Iterator[Check]:
+    """Check cores, threads, memory, disk, units for bfloat16 and GPUs."""
+    cores, total_cores, threads = usable_cores(), os.cpu_count() or 1, torch.get_num_threads()
+    yield Check("machine", "cores", "ok", f"{total_cores}" if cores >= total_cores else f"{cores:g} of {total_cores}")
+    if threads > math.ceil(cores):
+        detail = f"torch uses {threads} threads on {cores:g} cores, which slows it down"
+        yield Check("machine", "threads", "warning", detail, f"export OMP_NUM_THREADS={max(1, int(cores))}")
+    else:
+        yield Check("machine", "threads", "ok", f"torch uses {threads}")
+    memory = psutil.virtual_memory()
+    detail = f"{_gigabytes(memory.available)} free of {_gigabytes(memory.total)}"
+    if memory.available < MIN_FREE_BYTES:
+        remedy = "end other programs, or take a smaller backbone or --dtype bfloat16"
+        yield Check("machine", "memory", "warning", detail, remedy)
+    else:
+        yield Check("machine", "memory", "ok", detail)
+    yield _check_disk(sources.cache_root())
+    vectors = torch.backends.cpu.get_cpu_capability()
+    yield Check("machine", "units", "ok", f"{vectors}; for products in bfloat16: {', '.join(units()) or 'none'}")
+    if torch.backends.mps.is_available():
+        yield Check("machine", "gpu", "ok", "Apple's (mps)")
+    elif not torch.cuda.is_available():
+        yield Check("machine", "gpu", "ok", "none")
+    for index in range(torch.cuda.device_count()):
+        unused, size = torch.cuda.mem_get_info(index)
+        detail = f"{torch.cuda.get_device_name(index)}, {_gigabytes(unused)} free of {_gigabytes(size)}"
+        yield Check("machine", f"cuda:{index}", "ok", detail)
+
+
+def _check_disk(cache: Path) -> Check:
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    move = "use another folder for the cache: export XDG_CACHE_HOME=DIR"
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return Check("machine", "disk", "warning", f"cannot look at {cache}: {error.strerror}", move)
+    detail = f"{_gigabytes(free)} free for the cache, {cache}"
+    if not os.access(existing, os.W_OK):
+        return Check("machine", "disk", "warning", f"{detail}, which cannot be written", move)
+    if free < MIN_FREE_BYTES:
+        return Check("machine", "disk", "warning", detail, f"free some space, or {move}")
+    return Check("machine", "disk", "ok", detail)
+
+
+def usable_cores() -> float:
+    """Return the number of cores that this process may use, by its affinity and the quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = float(len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="utf-8").split()
+        return min(cores, int(quota) / int(period))
+    return cores
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _check_own_backbone(
+    name: str | None, options: LoadOptions, prompts: Sequence[CheckedPrompt], progress: Progress
+) -> Generator[Check, None, Backbone | None]:
+    """Choose, find and load the backbone."""
+    own = next((read.prompt.backbone for read in prompts if read.prompt is not None and read.prompt.backbone), None)
+    if name is None and own is not None:
+        name, options = own.name, replace(options, revision=options.revision or own.revision)
+    with progress("looking for the backbone"):
+        location = find_backbone(name or sources.BACKBONE, options, is_default=name is None)
+    yield location
+    if location.status != "ok":
+        return None
+    with progress(f"loading {name or sources.BACKBONE}"):
+        backbone, checks = check_backbone(name or sources.BACKBONE, options)
+    yield from checks
+    return backbone
+
+
+def find_backbone(name: str, options: LoadOptions, *, is_default: bool = False) -> Check:
+    """Check where a backbone comes from; one of the hub is downloaded. A missing default is only a warning."""
+    try:
+        weights = sources.gguf_weights(name)
+        if weights is None:
+            folder, revision = sources.find_backbone(name, options)
+            place = "the folder" if revision is None else f"from the hub, commit {revision[:12]}, in {folder}"
+        else:
+            sources.check_no_revision(name, options)
+            is_cached = sources.is_cached(weights)
+            place = f"cached in {sources.cache_root() / weights.copy}" if is_cached else f"{weights.find()}"
+    except PTuningError as error:
+        return Check("backbone", "found", "warning" if is_default else "failed", str(error), NAME_BACKBONE)
+    return Check("backbone", "found", "ok", f"{name}: {place}")
+
+
+def check_backbone(name: str, options: LoadOptions) -> tuple[Backbone | None, list[Check]]:
+    """Load a backbone, and describe it."""
+    began = time.perf_counter()
+    try:
+        backbone = load_backbone(name, **vars(options))
+    except (MemoryError, RuntimeError) as error:  # of a device, too
+        remedy = "free memory, or take a smaller backbone, --dtype bfloat16 or --device-map auto"
+        detail = f"it does not fit: {str(error) or type(error).__name__}"
+        return None, [Check("backbone", "loads", "failed", detail, remedy)]
+    except PTuningError as error:
+        return None, [Check("backbone", "loads", "failed", str(error), f"mend its files, or {NAME_BACKBONE}")]
+    head = type(backbone.model).__name__
+    family = next((family for family in families() if family.head == head), None)
+    either = "on either side" if backbone.kind == "encoder-decoder" else "anywhere"
+    slots = either if family is None else family.slots
+    reason = f" ({backbone.dtype_reason})" if backbone.dtype_reason else ""
+    details = {
+        "loads": f"in {time.perf_counter() - began:.1f} s on {backbone.device}: "
+        f"{', '.join(backbone.loaded.values())}{reason}",
+        "fingerprint": backbone.fingerprint,
+        "kind": f"{backbone.kind}, {head}, {backbone.parameters / 1e6:,.1f} M weights",
+        "sizes": f"width {backbone.width:,}, vocabulary {backbone.vocabulary:,}, "
+        f"rows of {backbone.tokenizer.max_tokens:,} tokens at most",
+        "slots": f"{slots}; it {'fills masks' if backbone.kind in FILLS_MASKS else 'writes answers'}"
+        f"{'' if family is not None else '; not a tested family'}",
+    }
+    return backbone, [Check("backbone", check, "ok", detail) for check, detail in details.items()]
+
+
+def read_prompts(folders_or_parents: Iterable[str]) -> list[CheckedPrompt]:
+    """Read prompts, each source being the folder of one or of many."""
+    folders: list[tuple[str, str]] = []
+    for source in folders_or_parents:
+        if source.startswith("manual:"):
+            raise ConfigError(f"'{source}' has no files to check; name folders of prompts")
+        folder = Path(source)
+        inner: list[Path] = []
+        if os.path.isdir(source) and not has_prompt(folder):
+            with contextlib.suppress(OSError):
+                inner = list(prompt_folders(folder))
+        if inner:
+            folders += [(path.relative_to(folder).as_posix(), str(path)) for path in inner]
+        else:
+            path = Path(os.path.abspath(source))
+            folders.append(((path.parent if path.name == PROMPT_FOLDER else path).name or source, source))
+    names = [name for name, _ in folders]
+    return [_read_one(name if names.count(name) == 1 else folder, folder) for name, folder in folders]
+
+
+def _read_one(name: str, folder: str) -> CheckedPrompt:
+    group, again = f"prompt {name}", "copy the whole folder again, or train the prompt again"
+    try:
+        stored = read_prompt(find_prompt(folder, LoadOptions()))
+    except PTuningError as error:
+        remedy = again if has_prompt(Path(folder)) else "name the folder of a prompt, of its run, or of many prompts"
+        return CheckedPrompt(name, folder, [Check(group, "files", "failed", str(error), remedy)])
+    checks = [Check(group, "files", "ok", f"{folder}: {_checksums(stored)}")]
+    vectors = stored.vectors
+    if vectors is not None and vectors.dtype == torch.float32:
+        bad = (~vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+        if bad:
+            detail = f"NaN or infinity in slot {bad[0] + 1} of {len(vectors)}, so every answer is NaN"
+            remedy = "train the prompt again with a lower learning rate, or in float32"
+            return CheckedPrompt(name, folder, [*checks, Check(group, "vectors", "failed", detail, remedy)])
+        checks.append(Check(group, "vectors", "ok", f"{len(vectors)} slots, {vectors.shape[1]} wide, all finite"))
+    try:
+        prompt = Prompt.from_stored(stored)
+    except PTuningError as error:
+        return CheckedPrompt(name, folder, [*checks, Check(group, MANIFEST_FILE, "failed", str(error), again)])
+    checks.append(Check(group, MANIFEST_FILE, "ok", f"template {prompt.template}"))
+    return CheckedPrompt(name, folder, checks, prompt)
+
+
+def _checksums(stored: Stored) -> str:
+    weights = stored.manifest.get("weights")
+    sums: list[object] = [stored.manifest["vectors_sha256"]]
+    if stored.weights is not None and isinstance(weights, Mapping) and isinstance(weights["sha256"], Mapping):
+        sums += weights["sha256"].values()
+    listed = ", ".join(str(digest)[:12] for digest in sums)
+    return f"format {stored.manifest['format_version']}, sha256 {listed} as in {MANIFEST_FILE}"
+
+
+def check_fit(read: CheckedPrompt, backbone: Backbone) -> Iterator[Check]:
+    """Check that a prompt belongs to a backbone, and how its tokenizer reads it."""
+    prompt, group = read.prompt, read.group
+    if prompt is None:
+        return
+    own = prompt.backbone
+    try:
+        bound = prompt.bind(prompt.adapt(backbone))
+    except PTuningError as error:
+        if own is not None and own.fingerprint != backbone.fingerprint:
+            detail = f"trained on {own.described} ({own.fingerprint}), not on {backbone.name} ({backbone.fingerprint})"
+            remedy = f"check it with its own: ptuning doctor {read.folder} --backbone {own.name}"
+            yield Check(group, "backbone", "failed", detail, remedy)
+        else:
+            remedy = "take the tokenizer that it was trained with, or train it again"
+            yield Check(group, "tokenizer", "failed", str(error), remedy)
+        return
+    yield Check(group, "backbone", "ok", "any: it has no slots" if own is None else f"this one ({own.fingerprint})")
+    deep = "" if prompt.deep is None else f", and {prompt.deep.count} deep slots"
+    yield Check(group, "tokenizer", "ok", f"{bound.slots} slots, as it has vectors{deep}")
+    if prompt.slot_vectors is not None and prompt.slots:
+        ratios = prompt.slot_vectors.norm(dim=-1) / backbone.table_statistics.norm  # (P,)
+        detail = f"{float(ratios.min()):.2f} to {float(ratios.max()):.2f} times the mean norm of a token"
+        if ratios.min() < MIN_NORM or ratios.max() > MAX_NORM:
+            remedy = f"{MIN_NORM:g} to {MAX_NORM:g} is usual: score it (ptuning eval), or train with a lower rate"
+            yield Check(group, "norm", "warning", detail, remedy)
+        else:
+            yield Check(group, "norm", "ok", detail)
+    yield _check_answers(prompt, group, bound)
+
+
+def _check_answers(prompt: Prompt, group: str, bound: BoundTemplate) -> Check:
+    words = prompt.label_words
+    if prompt.answer_space.has_choices:
+        return Check(group, "answers", "ok", "the choices that each row brings")
+    if words is None:
+        return Check(group, "answers", "ok", f"written; the longest target had {prompt.target_tokens} tokens")
+    try:
+        with torch.no_grad():
+            known = words.check_known(words.examples(bound, made_record(prompt)[0]))
+    except PTuningError as error:
+        return Check(group, "answers", "failed", str(error), "train it again with other label words (--labels)")
+    return Check(group, "answers", "ok", f"{len(words.labels)} labels with {len(known)} words, all distinguishable")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer of a server: ``status`` 0 if there is none, and ``problem`` says why there is no JSON."""
+
+    status: int
+    body: Any = None
+    problem: str = ""
+    seconds: float = math.nan
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the server answered with status 200 and JSON."""
+        return self.status == 200 and not self.problem
+
+    @property
+    def description(self) -> str:
+        """Status and message of an answer that is not ok."""
+        if self.status in (0, 200):
+            return self.problem
+        error = self.body.get("error") if isinstance(self.body, Mapping) else None
+        message = error.get("message") if isinstance(error, Mapping) else None
+        return f"status {self.status}" + (f": {message}" if isinstance(message, str) else f" {self.problem}".rstrip())
+
+
+class Server:
+    """Client of a server. Proxies and redirects are not followed, and every request ends after some time.
+
+    Raises:
+        ConfigError: If the URL is none, or holds a password.
+    """
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        try:
+            parsed = httpx2.URL(url)
+        except httpx2.InvalidURL:
+            parsed = httpx2.URL("")
+        if parsed.userinfo:
+            raise ConfigError("the URL (--url) holds a password; keys are read from a file (--api-key-file)")
+        if (
+            parsed.scheme not in ("http", "https")
+            or not parsed.host
+            or parsed.query
+            or parsed.fragment
+            or not 0 < (parsed.port or 80) < 65536
+        ):
+            raise ConfigError(f"'{url}' is not the URL of a server (--url), such as http://127.0.0.1:{PORT}")
+        # The address that OpenAI's clients are given ends in /v1.
+        self.url = str(parsed.copy_with(path=parsed.path.rstrip("/").removesuffix("/v1"))).rstrip("/")
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def get(self, path: str) -> Answer:
+        """Read a page."""
+        return self._request("GET", path, None, SECONDS)
+
+    def post(self, path: str, body: Mapping[str, Json]) -> Answer:
+        """Ask for something to be computed."""
+        return self._request("POST", path, body, ANSWER_SECONDS)
+
+    def _request(self, method: str, path: str, body: Mapping[str, Json] | None, seconds: float) -> Answer:
+        began, data = time.perf_counter(), b""
+        try:
+            with (
+                httpx2.Client(timeout=seconds, trust_env=False, headers=self._headers) as client,
+                client.stream(method, self.url + path, json=body) as response,
+            ):
+                for chunk in response.iter_bytes():  # the timeout is that of each chunk
+                    data += chunk
+                    if time.perf_counter() - began > seconds:
+                        return Answer(0, problem=f"no complete answer in {seconds:g} s")
+                    if len(data) > MAX_BYTES:
+                        return Answer(response.status_code, problem=f"an answer of more than {MAX_BYTES:,} bytes")
+        except httpx2.TimeoutException:
+            return Answer(0, problem=f"no complete answer in {seconds:g} s")
+        except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
+            return Answer(0, problem=f"no answer: {error or type(error).__name__}")
+        if response.is_redirect:
+            target = response.headers.get("location")
+            return Answer(response.status_code, problem=f"redirects to {target}, which is not followed")
+        took = time.perf_counter() - began
+        try:
+            return Answer(response.status_code, parse_json(data.decode()) if data.strip() else None, seconds=took)
+        except ValueError:
+            return Answer(response.status_code, problem="and the answer is no JSON", seconds=took)
+
+
+def check_server(server: Server, prompts: Sequence[CheckedPrompt], backbone: Backbone | None) -> Iterator[Check]:
+    """Check a server, and compare its answers with those of the prompts in this process."""
+    health = server.get("/health")
+    if health.status == 200:
+        yield Check("server", "health", "ok", "alive")
+    else:
+        remedy = READ_LOG if health.status >= 400 else "see whether it runs, and whether --url is its own address"
+        yield Check("server", "health", "failed", health.description, remedy)
+        if health.status < 400:
+            return
+    ready = server.get("/ready")
+    if ready.status == 200:
+        yield Check("server", "ready", "ok", "takes requests")
+    elif ready.status != 404:  # other servers have no such page
+        remedy = "it is loading or ending: try again in a minute" if ready.status == 503 else READ_LOG
+        yield Check("server", "ready", "failed", ready.description, remedy)
+    version = server.get("/version")
+    if version.is_ok:
+        number = version.body.get("version") if isinstance(version.body, Mapping) else None
+        yield Check("server", "version", "ok", f"{number}")
+    elif version.status != 404:
+        yield Check("server", "version", "failed", version.description, READ_LOG)
+    models = server.get("/v1/models")
+    try:
+        names = [str(model["id"]) for model in models.body["data"]] if models.is_ok else None
+    except (KeyError, TypeError):
+        models, names = replace(models, problem="not a list of models, as OpenAI's clients read it"), None
+    if names is None:
+        remedy = GIVE_KEY if models.status in (401, 403) else "see whether --url is the address of a model server"
+        yield Check("server", "models", "failed", models.description, remedy)
+        return
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    yield Check("server", "models", "ok", f"{len(names)}: {listed}" if names else "none")
+    timed: Mapping[str, Json] | None = None
+    for read in prompts:
+        if read.prompt is None or backbone is None:
+            continue
+        check, request, answered = _compare(server, read, read.prompt, backbone, names)
+        timed = request if timed is None and request is not None and check.status == "ok" else timed
+        yield check
+        if not answered:  # nor will it answer the others, and each takes its time
+            return
+    yield _check_latency(server, timed)
+
+
+def _compare(
+    server: Server, read: CheckedPrompt, prompt: Prompt, backbone: Backbone, served: Sequence[str]
+) -> tuple[Check, Mapping[str, Json] | None, bool]:
+    """Compare the server's answer to a made-up record with that in process. Return the check, the request if one was
+    sent, and whether the server answered.
+    """
+    name = f"answer of {read.name}"
+    if read.name not in served:
+        remedy = "load it there, or check its name"
+        return Check("server", name, "warning", "the server has no prompt of this name", remedy), None, True
+    fields = [] if prompt.answer_space.has_choices else list(typed_fields(prompt))
+    if prompt.answer_space.has_choices or (prompt.task is not None and len(fields) != 1):
+        detail = "not compared: no row of its task can be made up"
+        return Check("server", name, "ok", detail), None, True
+    texts: dict[str, Json] = {field: field for field in fields}
+    top_k = 1 if prompt.label_words is None else min(len(prompt.label_words.labels), COMPARED_ANSWERS)
+    # A text fills the one field of a task, whatever the column of its files is called.
+    record: Json = texts if prompt.task is None else fields[0]
+    request: dict[str, Json] = {"model": read.name, "records": [record], "top_k": top_k}
+    questions = ToAnswer.typed(prompt, {field: field for field in fields}, where="the template").questions
+    try:
+        expected = PromptModel(backbone).predict(questions, prompt, top_k=top_k)[0]
+    except PTuningError as error:
+        detail = f"not answered in process: {error}"
+        return Check("server", name, "failed", detail, "see the checks of the prompt"), None, True
+    answer = server.post("/v1/predict", request)
+    if not answer.is_ok:
+        remedy = GIVE_KEY if answer.status in (401, 403) else READ_LOG
+        return Check("server", name, "failed", answer.description, remedy), request, answer.status != 0
+    try:
+        row = answer.body["predictions"][0]
+        text, log_probs = row["prediction"], {each["text"]: float(each["log_prob"]) for each in row["candidates"]}
+        if not isinstance(text, str):
+            raise TypeError
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        detail = "no predictions as ptuning predict --json prints them"
+        return Check("server", name, "failed", detail, "update the server"), request, True
+    own = {candidate.text: candidate.log_prob for candidate in expected.candidates}
+    gaps = [abs(log_probs.get(each, math.nan) - own[each]) for each in own]
+    if text != expected.text:
+        detail = f"{text!r} there, {expected.text!r} in process"
+    elif len(own) != len(log_probs) or not all(gap <= TOLERANCE for gap in gaps):  # also if one is NaN
+        detail = f"{text!r} in both; other candidates, or log-probabilities that differ by {max(gaps):.2g}"
+    else:
+        detail = f"{text!r} as in process; log-probabilities differ by {max(gaps):.1g} at most"
+        return Check("server", name, "ok", detail), request, True
+    remedy = "serve this folder with this backbone, as it was loaded here (--dtype), and the same version of ptuning"
+    return Check("server", name, "failed", detail, remedy), request, True
+
+
+def _check_latency(server: Server, request: Mapping[str, Json] | None) -> Check:
+    """Measure how long an answer takes: of a prompt if one was compared, else of ``/health``."""
+    what = "GET /health" if request is None else f"one record of {request['model']}"
+    milliseconds = []
+    for _ in range(TIMED_REQUESTS):
+        answer = server.get("/health") if request is None else server.post("/v1/predict", request)
+        if answer.status != 200:
+            return Check("server", "latency", "failed", f"{what}: {answer.description}", READ_LOG)
+        milliseconds.append(1000 * answer.seconds)
+    median, worst = statistics.median(milliseconds), max(milliseconds)
+    detail = f"{what}: median {median:.1f} ms, worst {worst:.1f} ms of {TIMED_REQUESTS} requests"
+    return Check("server", "latency", "ok", detail)
