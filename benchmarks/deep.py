@@ -54,7 +54,7 @@ from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import write_answers
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.training.trainer import Trainer
 
 FACTS = "The capital of [X] is [Y]"
@@ -107,7 +107,9 @@ def main(settings: Settings) -> None:
     )
 
 
-def short_facts(backbone: Backbone, settings: Settings, *, slots: int) -> tuple[BoundTemplate, list[Item], int, int]:
+def short_facts(
+    backbone: Backbone, settings: Settings, *, slots: int
+) -> tuple[TokenizedTemplate, list[Item], int, int]:
     """Return the template with deep slots that start at tokens, the items of some steps, and how a batch is cut."""
     draw = random.Random(f"deep {settings.seed}")
     bound = bind(backbone, f"[D*{slots}] {FACTS}")
@@ -151,7 +153,7 @@ def steps(backbone: Backbone, settings: Settings, *, slots: int) -> Found:
     return cells, answer(ratios(found["ptuning"], found["peft"]), note)
 
 
-def block_at_start(backbone: Backbone, bound: BoundTemplate) -> torch.Tensor:
+def block_at_start(backbone: Backbone, bound: TokenizedTemplate) -> torch.Tensor:
     """Return the keys and values that the deep slots in front of a template start at, (L, 2, K, C, D)."""
     return block_of(backbone, [token or 0 for token in (*bound.layout.lead_ids, *bound.layout.block_ids)])
 

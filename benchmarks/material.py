@@ -24,7 +24,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, inputs_of, question_items, target_items
 from ptuning.progress import Progress
 from ptuning.records import Record, Records
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.training.trainer import Trainer
@@ -147,14 +147,14 @@ def country_sentences(*, train: int, dev: int, seed: int) -> tuple[Records, Reco
     return parts[0], parts[1]
 
 
-def bind(backbone: Backbone, template: str) -> BoundTemplate:
+def bind(backbone: Backbone, template: str) -> TokenizedTemplate:
     """Bind a pattern to a backbone."""
     parsed = Template.parse(template)
     block = parsed.has_deep and backbone.reads_blocks
-    return BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
+    return TokenizedTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
 
 
-def items_of(bound: BoundTemplate, records: Sequence[Record], *, labels: LabelWords | None = None) -> list[Item]:
+def items_of(bound: TokenizedTemplate, records: Sequence[Record], *, labels: LabelWords | None = None) -> list[Item]:
     """Return items to train on: targets, or classes where there are label words."""
     rows = Records(records, name="benchmark")
     if labels is None:
@@ -205,7 +205,13 @@ class StepClock:
 
 
 def train_seconds(
-    backbone: Backbone, bound: BoundTemplate, items: Sequence[Item], *, batch_size: int, parts: int = 1, seed: int = 0
+    backbone: Backbone,
+    bound: TokenizedTemplate,
+    items: Sequence[Item],
+    *,
+    batch_size: int,
+    parts: int = 1,
+    seed: int = 0,
 ) -> float:
     """Train on items for one epoch as ``ptuning train`` does, and return the seconds of its steps."""
     config = TrainConfig(epochs=1, batch_size=batch_size, accumulation_steps=parts, seed=seed)

@@ -33,8 +33,8 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 SUBJECT_FIRST = "[X] is a country. Its capital is [Y]"
@@ -108,7 +108,7 @@ def main(settings: Settings) -> None:
 Work = tuple[dict[str, Callable[[int], float]], dict[str, int]]
 
 
-def targets(model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: list[Record]) -> Work:
+def targets(model: PromptModel, prompt: Prompt, bound: TokenizedTemplate, records: list[Record]) -> Work:
     """Score each record's own target; the peer has to have slots."""
     device = model.backbone.device
 
@@ -129,7 +129,7 @@ def targets(model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: l
 
 
 def ranking(
-    model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: list[Record], candidates: list[str]
+    model: PromptModel, prompt: Prompt, bound: TokenizedTemplate, records: list[Record], candidates: list[str]
 ) -> Work:
     """Score a closed set of answers for each record."""
     device = model.backbone.device
@@ -149,7 +149,7 @@ def ranking(
     return contestants, {"ptuning": len(records), "peft": len(records), "one pass each": 1}
 
 
-def writing(model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: list[Record]) -> Work:
+def writing(model: PromptModel, prompt: Prompt, bound: TokenizedTemplate, records: list[Record]) -> Work:
     """Write answers greedily."""
     device = model.backbone.device
     contexts = [
@@ -172,19 +172,19 @@ def contest(ours: Callable[[int], float], peer: Callable[[int], float]) -> dict[
     return {"ptuning": ours} | ({"peft": peer} if is_installed() else {})
 
 
-def candidate_examples(bound: BoundTemplate, record: Record, candidates: list[str]) -> list[Example]:
+def candidate_examples(bound: TokenizedTemplate, record: Record, candidates: list[str]) -> list[Example]:
     """Return a record's row for each candidate."""
     return bound.examples([record] * len(candidates), targets=candidates)
 
 
-def candidate_rows(bound: BoundTemplate, record: Record, candidates: list[str]) -> list[Row]:
+def candidate_rows(bound: TokenizedTemplate, record: Record, candidates: list[str]) -> list[Row]:
     """Return the peer's row for each candidate."""
     return choice_rows(candidate_item(candidate_examples(bound, record, candidates)))
 
 
 @torch.no_grad()
 def looped(
-    backbone: Backbone, prompt: Prompt, bound: BoundTemplate, record: Record, candidates: list[str]
+    backbone: Backbone, prompt: Prompt, bound: TokenizedTemplate, record: Record, candidates: list[str]
 ) -> list[float]:
     """Return the log-probability of each candidate from a forward pass of its own."""
     assert prompt.slot_vectors is not None
@@ -197,7 +197,7 @@ def looped(
 
 
 def agreement(
-    model: PromptModel, prompt: Prompt, bound: BoundTemplate, record: Record, candidates: list[str]
+    model: PromptModel, prompt: Prompt, bound: TokenizedTemplate, record: Record, candidates: list[str]
 ) -> dict[str, float]:
     """Return the largest difference between our log-probabilities and each other contestant's."""
     ranked: list[Candidate] = model.rank([record], prompt, candidates)[0]

@@ -14,7 +14,7 @@ from ptuning.engine import passes
 from ptuning.engine.batch import shared_tokens
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, inputs_of, loss, score_choices
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 
 ROWS = 16
 # In float32 the two paths add up in another order; what is compared must be the same gradient.
@@ -84,7 +84,7 @@ def main(settings: Settings) -> None:
     )
 
 
-def instructed(backbone: Backbone, settings: Settings) -> tuple[BoundTemplate, list[Item]]:
+def instructed(backbone: Backbone, settings: Settings) -> tuple[TokenizedTemplate, list[Item]]:
     """Return a template with a long instruction in front, and the items of one batch."""
     wanted = settings.pick(196, 40)
     ids = backbone.tokenizer.encode([" ".join(fact_sentences()[:200])])[0]

@@ -37,7 +37,7 @@ from ptuning.prompt.answer import answer_records
 from ptuning.provenance import versions
 from ptuning.records import TARGET_FIELD, Records
 from ptuning.statistics import Score, majority, mean_difference, score
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.language import Template
 
 WORDINGS = Path(__file__).with_suffix(".json")
@@ -179,7 +179,7 @@ def make_corpus(facts: Mapping[str, Records], tokenizer: PreTrainedTokenizerFast
     corpus = []
     for relation, rows in facts.items():
         for wording in wordings[relation]["stated"]:
-            bound = BoundTemplate(Template.parse(wording), tokenizer=text_tokenizer, kind="masked")
+            bound = TokenizedTemplate(Template.parse(wording), tokenizer=text_tokenizer, kind="masked")
             for example in bound.examples(rows):
                 ((at,), (target,)) = example.logit_positions, example.target_ids
                 corpus.append(Sentence((*example.token_ids[:at], target, *example.token_ids[at + 1 :]), at))

@@ -27,7 +27,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Records
 from ptuning.statistics import Ratios, Score, summary
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.language import Template
 from ptuning.template.segments import FILLS_MASKS
 
@@ -78,7 +78,7 @@ def retention(model: PromptModel, prompt: Prompt, *, sentences: Sequence[str] | 
 def _nats(backbone: Backbone, prompt: Prompt, records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Return the negative log-likelihood of each sentence, and its number of tokens."""
     block = prompt.deep is not None and prompt.deep.block is not None
-    bound = BoundTemplate(prompt.template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
+    bound = TokenizedTemplate(prompt.template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
     items = target_items(bound, records, with_stop=False)
     learned = prompt.learned(backbone)
     nats = np.zeros(len(items))

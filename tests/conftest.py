@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ptuning.engine.objective import Item
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
+    from ptuning.template.encode import TokenizedTemplate
     from ptuning.template.example import Example
-    from ptuning.template.fill import BoundTemplate
 
 # A busy machine is no failure, and neither is an example that only one run happens to draw.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -109,9 +109,9 @@ def _one_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _warned_anew() -> None:
-    from ptuning.template import known
+    from ptuning.template import ambiguity
 
-    known._warn_once.cache_clear()
+    ambiguity._warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -345,12 +345,12 @@ def _word_piece() -> PreTrainedTokenizerFast:
     )
 
 
-def bound(backbone: Backbone, template: str) -> BoundTemplate:
+def bound(backbone: Backbone, template: str) -> TokenizedTemplate:
     """Bind a pattern to a backbone."""
-    from ptuning.template.fill import BoundTemplate
+    from ptuning.template.encode import TokenizedTemplate
     from ptuning.template.language import Template
 
-    return BoundTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind)
+    return TokenizedTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind)
 
 
 def learned(backbone: Backbone, template: str, *, seed: int = 0) -> Prompt:

@@ -44,7 +44,7 @@ from ptuning.prompt.sharing import find_prompt
 from ptuning.prompt.storage import Stored, has_prompt, prompt_folders, read_prompt
 from ptuning.provenance import VERSION
 from ptuning.serve import PORT
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 PACKAGE = "ptuning"
@@ -435,7 +435,7 @@ def check_fit(read: CheckedPrompt, backbone: Backbone) -> Iterator[Check]:
     yield _check_answers(prompt, group, bound)
 
 
-def _check_answers(prompt: Prompt, group: str, bound: BoundTemplate) -> Check:
+def _check_answers(prompt: Prompt, group: str, bound: TokenizedTemplate) -> Check:
     words = prompt.label_words
     if prompt.answer_space.has_choices:
         return Check(group, "answers", "ok", "the choices that each row brings")

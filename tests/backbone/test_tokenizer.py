@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of
 from ptuning.errors import BackboneError
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.language import Template
 from ptuning.template.segments import Gap, Kind, MarkedText
 from tests.conftest import CONTEXT, CORPUS, make_tokenizer
@@ -64,8 +64,8 @@ def own(name: str) -> TextTokenizer:
     return TextTokenizer(trained(name), max_tokens=CONTEXT)
 
 
-def bind(name: str, pattern: str) -> BoundTemplate:
-    return BoundTemplate(Template.parse(pattern), tokenizer=own(name), kind=TOKENIZERS[name][0])
+def bind(name: str, pattern: str) -> TokenizedTemplate:
+    return TokenizedTemplate(Template.parse(pattern), tokenizer=own(name), kind=TOKENIZERS[name][0])
 
 
 def row_with_target(name: str, pattern: str, record: dict[str, str]) -> tuple[list[int], tuple[int, ...]]:
@@ -248,9 +248,9 @@ def _without_added_tokens(raw: Tokenizer) -> str:
     return json.dumps({**json.loads(raw.to_str()), "added_tokens": []})
 
 
-def chat_row(name: str, record: dict[str, str], pattern: str | None = None) -> tuple[list[int], BoundTemplate]:
+def chat_row(name: str, record: dict[str, str], pattern: str | None = None) -> tuple[list[int], TokenizedTemplate]:
     """A row with its target, as a causal model is taught it."""
-    bound = BoundTemplate(Template.parse(pattern or CHATS[name].pattern), tokenizer=chat_own(name), kind="causal")
+    bound = TokenizedTemplate(Template.parse(pattern or CHATS[name].pattern), tokenizer=chat_own(name), kind="causal")
     example = bound.examples([record])[0]
     return [*example.token_ids, *example.target_ids[-1:]], bound
 
@@ -328,7 +328,7 @@ def test_the_other_flags_of_added_tokens_hold() -> None:
     raw.add_special_tokens({"extra_special_tokens": [AddedToken(name, **given) for name, given in flags.items()]})
     tokenizer = TextTokenizer(raw, max_tokens=99)
     for pattern in ("it <left> [X]<left>\n <left>is [Y]", "<word> it <word>[X] and<word> <word> [Y]"):
-        bound = BoundTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
+        bound = TokenizedTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
         example = bound.examples([{"x": "Kenya", "y": "yes"}])[0]
         text = pattern.replace("[X]", "Kenya").replace("[Y]", "yes")
         assert [*example.token_ids, *example.target_ids[-1:]] == list(raw(text)["input_ids"])

@@ -20,7 +20,7 @@ def test_labels_are_classes_with_a_text_for_each_word() -> None:
     assert (LABELS.described, list(LABELS.names(ROW))) == ("2 labels", ["good", "bad"])
     assert (list(LABELS.texts(ROW)), LABELS.classes(ROW)) == (["great", "fine", "poor"], (0, 0, 1))
     assert (LABELS.right(ROW), LABELS.right(Question({"x": "it"}))) == ((1,), ())
-    assert LABELS.spoken(ROW.record) == {"x": "it", "y": "poor"}
+    assert LABELS.verbalized(ROW.record) == {"x": "it", "y": "poor"}
 
 
 def test_each_choice_of_a_row_is_a_class_and_a_text() -> None:
@@ -28,7 +28,7 @@ def test_each_choice_of_a_row_is_a_class_and_a_text() -> None:
     assert CHOICES.described == "own choices"
     assert CHOICES.names(OWN) == CHOICES.texts(OWN) == ("one", "two", "three")
     assert (CHOICES.classes(OWN), CHOICES.right(OWN)) == ((0, 1, 2), (1, 2))
-    assert CHOICES.spoken(OWN.record) is OWN.record
+    assert CHOICES.verbalized(OWN.record) is OWN.record
 
 
 def test_written_answers_have_no_classes() -> None:

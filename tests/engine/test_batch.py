@@ -15,8 +15,8 @@ from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.engine.batch import Side, collate, cut_by_length, shared_tokens
 from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
 
 
@@ -118,7 +118,7 @@ def test_a_pad_is_no_token_id(side: Side, family: str, raw_tokenizer: Callable[[
     raw = raw_tokenizer(family)
     tokenizer = TextTokenizer(raw, max_tokens=64)
     special = (raw.pad_token or raw.eos_token).replace("[", "[[")
-    bound = BoundTemplate(
+    bound = TokenizedTemplate(
         Template.parse(f"{{x}} {special} [P*2] is [Y]"),
         tokenizer=tokenizer,
         kind="causal" if family == "gpt2" else "masked",

@@ -16,8 +16,8 @@ from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.passes import run_batch, run_pass, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.writing.continuation import Continuation
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
 from tests.backbone.test_families import close, every_family, plain
 from tests.conftest import RECORDS
@@ -36,11 +36,11 @@ def templates(backbone: Backbone) -> list[str]:
     return [WORDS, TWO_SIDED] if backbone.kind == "encoder-decoder" else [WORDS]
 
 
-def bind(backbone: Backbone, template: str, *, block: bool = False) -> BoundTemplate:
-    return BoundTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
+def bind(backbone: Backbone, template: str, *, block: bool = False) -> TokenizedTemplate:
+    return TokenizedTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
 
 
-def start_of(backbone: Backbone, bound: BoundTemplate, *, noise: float = 0.0) -> Learned:
+def start_of(backbone: Backbone, bound: TokenizedTemplate, *, noise: float = 0.0) -> Learned:
     """What a prompt brings before training, or with noise as if it had learned."""
     generator = torch.Generator().manual_seed(1)
     starts = torch.tensor([start or 0 for start in bound.slot_start_ids], dtype=torch.int64)
@@ -52,7 +52,7 @@ def start_of(backbone: Backbone, bound: BoundTemplate, *, noise: float = 0.0) ->
     return Learned.of(vectors, deep)
 
 
-def tokens_of(bound: BoundTemplate, example: Example) -> list[int]:
+def tokens_of(bound: TokenizedTemplate, example: Example) -> list[int]:
     """The row with the tokens that its slots start at."""
     starts = [*bound.layout.lead_ids, *bound.layout.block_ids, *example.token_ids]
     for position, start in zip(example.slot_positions, bound.slot_start_ids, strict=True):
@@ -121,7 +121,7 @@ def test_keys_and_values_in_front_are_what_the_same_tokens_are_in_the_row(name: 
     close(one, other)
 
 
-def prompts(backbone: Backbone) -> list[tuple[BoundTemplate, Learned]]:
+def prompts(backbone: Backbone) -> list[tuple[TokenizedTemplate, Learned]]:
     """Prompts that have learned: blocks of two lengths, deep slots in the row, both, shallow ones, and none."""
     patterns = ["[D:the capital of] [X] is [Y]", "[D:city] [X] [D:is in] so [Y]", "so [X] [D:is] [Y]"]
     patterns += ["[P*2] [X] is [P] [Y]", "[X] is [Y]"]

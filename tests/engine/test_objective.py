@@ -36,8 +36,8 @@ from ptuning.engine.objective import (
 from ptuning.engine.passes import target_logits
 from ptuning.errors import LabelWordError, RecordError, TemplateError
 from ptuning.records import Record, Records, as_records
+from ptuning.template.encode import TooLongError
 from ptuning.template.example import Example
-from ptuning.template.fill import TooLongError
 from ptuning.template.labels import LabelWords, Scoring
 from tests.conftest import RECORDS, bound, items_of, learned
 
@@ -419,7 +419,7 @@ def test_choices_that_the_tokenizer_does_not_tell_apart_are_no_hits(masked: Back
         question("\U0001f642", "yes", right=1),
     ]
     items = question_items(bound(masked, TEMPLATE), Questions(asked), AnswerSpace(own_choices=True))
-    assert [sorted(item.can_be_hit) for item in items] == [[], [], [0, 1], [2], [], [1]]
+    assert [sorted(item.distinguishable) for item in items] == [[], [], [0, 1], [2], [], [1]]
     right = [float(place in item.answers) for item in items for place in range(len(item.choices))]
     sure = replace(scored_by(masked, items), log_probs=torch.tensor(right))  # of all right choices
     assert hits(items, sure) == [0.0, 0.0, 1.0, 1.0, 0.0, 1.0]

@@ -23,7 +23,7 @@ from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.statistics import majority, score
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.language import Template
 from ptuning.training.run import train
 
@@ -262,7 +262,7 @@ def test_the_default_backbone_knows_a_capital_and_holds_the_identity() -> None:
     backbone = load_backbone()
     template = Template.from_manual(MANUAL)
     manual = Prompt.manual(MANUAL)
-    starts = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind).slot_start_ids
+    starts = TokenizedTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind).slot_start_ids
     same = Prompt.from_token_ids(template, [start for start in starts if start is not None], backbone)
     model = PromptModel(backbone)
     records = [{"x": "Kenya", "y": "Nairobi"}, {"x": "France", "y": "Paris"}]

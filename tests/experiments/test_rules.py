@@ -17,7 +17,7 @@ from ptuning.files import sha256
 from ptuning.metrics.slot_coverage import coverage
 from ptuning.records import references_of
 from ptuning.statistics import value_of
-from ptuning.template.turns import read_turns
+from ptuning.template.messages import read_messages
 
 # What the rows are, so that figures of one version are those of the next.
 DIGESTS = {
@@ -137,7 +137,7 @@ def test_conversations_ask_in_twenty_wordings_and_answer_with_the_fact(folder: P
         asked = set()
         for question in load_conversations(folder / "instructions" / f"{split}.jsonl"):
             key, name = known[question.record["y"].lower()]
-            text = read_turns(question.record["messages"])[-1].content.lower()
+            text = read_messages(question.record["messages"])[-1].content.lower()
             wordings = [wording.format(c=countries.article(name)).lower() for wording in instructions.WORDINGS[key]]
             asked.add((key, wordings.index(text)))
             names[split].add(name)

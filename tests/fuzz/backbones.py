@@ -23,8 +23,8 @@ from ptuning.files import write_bytes
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.chat import chat_template
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.turns import ASSISTANT, USER, ChatTurn, write_turns
+from ptuning.template.encode import TokenizedTemplate
+from ptuning.template.messages import ASSISTANT, USER, ChatMessage, write_messages
 from tests.chats import SHAPES, shaped
 from tests.conftest import make_model
 from tests.fuzz.base import FAMILIES, Draw, folder, tried
@@ -110,10 +110,10 @@ def chat_templates(draw: Draw) -> None:
     tokenizer = chat_tokenizer()
     tokenizer._tokenizer.chat_template = draw(changed_text(SHAPES[draw(st.sampled_from(sorted(SHAPES)))].jinja) | texts)
     template = tried(chat_template, tokenizer, draw(st.none() | texts))
-    bound = tried(BoundTemplate, template, tokenizer=tokenizer, kind="causal") if template is not None else None
+    bound = tried(TokenizedTemplate, template, tokenizer=tokenizer, kind="causal") if template is not None else None
     if bound is not None:
         roles = draw(st.lists(st.sampled_from((USER, ASSISTANT, "system")), min_size=1, max_size=4))
-        record = {"messages": write_turns([ChatTurn(role, draw(texts)) for role in roles]), "y": draw(texts)}
+        record = {"messages": write_messages([ChatMessage(role, draw(texts)) for role in roles]), "y": draw(texts)}
         tried(bound.examples, [record])
         tried(bound.contexts, [record])
 

@@ -55,10 +55,10 @@ from ptuning.serve.http.app import create_app
 from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
 from ptuning.template.chat import chat_template
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
-from ptuning.template.turns import read_turns, write_turns
+from ptuning.template.messages import read_messages, write_messages
 from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
@@ -92,7 +92,7 @@ def templates(draw: Draw) -> None:
         assert Template.parse(str(one)) == one
         family = draw(st.sampled_from(FAMILIES))
         backbone = tiny(family)
-        bound = tried(BoundTemplate, one, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        bound = tried(TokenizedTemplate, one, tokenizer=backbone.tokenizer, kind=backbone.kind)
         if bound is not None:
             record = {name: draw(texts) for name in (*one.fields, "y")}
             tried(bound.examples, [record])
@@ -104,7 +104,7 @@ def templates(draw: Draw) -> None:
 def _deep(template: Template, family: str, record: Record) -> None:
     """Use a template with deep slots, in front of the row where the model can."""
     block = tiny(family).reads_blocks
-    bound = tried(BoundTemplate, template, tokenizer=tiny(family).tokenizer, kind=tiny(family).kind, block=block)
+    bound = tried(TokenizedTemplate, template, tokenizer=tiny(family).tokenizer, kind=tiny(family).kind, block=block)
     if bound is not None:
         ids = [5] * (bound.layout.in_front + bound.slots)
         prompt = tried(Prompt.from_token_ids, template, ids, tiny(family))
@@ -121,7 +121,7 @@ def labels(draw: Draw) -> None:
     if words is not None:
         backbone = tiny(draw(st.sampled_from(FAMILIES)))
         template = Template.parse("{x} [P*2] [Y].")
-        bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        bound = TokenizedTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
         tried(words.examples, bound, {"x": "a film"})
         tried(lambda: words.check_known(words.examples(bound, {"x": "a film"})))
 
@@ -165,9 +165,9 @@ def conversations(draw: Draw) -> None:
         raw = RawRows(listed, name="a.jsonl", digest="", format="jsonl")
         found = tried(read_conversations, raw, ask=ask)
         for one in found.questions if found is not None else ():
-            turns = read_turns(one.record["messages"])
-            assert turns == read_turns(write_turns(turns))
-    tried(read_turns, draw(texts | values.map(as_json)))
+            turns = read_messages(one.record["messages"])
+            assert turns == read_messages(write_messages(turns))
+    tried(read_messages, draw(texts | values.map(as_json)))
 
 
 @functools.cache

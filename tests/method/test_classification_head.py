@@ -22,8 +22,8 @@ from ptuning.errors import BackboneError
 from ptuning.method.base import Setup, Task
 from ptuning.method.classification_head import HeadModel, head_items, head_template
 from ptuning.method.registry import methods
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from tests.families import FAMILIES, built, tokenizer_of
 
 LABELS = TaskFile.parse(
@@ -67,8 +67,8 @@ def under_head(backbone: Backbone, example: Example) -> torch.Tensor:
     return logits
 
 
-def bound(backbone: Backbone, one: Task) -> BoundTemplate:
-    return BoundTemplate(head_template(one, kind=backbone.kind), tokenizer=backbone.tokenizer, kind=backbone.kind)
+def bound(backbone: Backbone, one: Task) -> TokenizedTemplate:
+    return TokenizedTemplate(head_template(one, kind=backbone.kind), tokenizer=backbone.tokenizer, kind=backbone.kind)
 
 
 def test_it_reads_the_fields_and_a_choice_without_words_around(backbone: Backbone) -> None:

@@ -29,8 +29,8 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
 from tests.families import built, without_words
@@ -302,7 +302,7 @@ def test_a_few_questions_are_filled_in_at_a_time(
     )
     alive: list[weakref.ref[Example]] = []
     most: list[int] = []
-    real, run = BoundTemplate.answers, causal.run
+    real, run = TokenizedTemplate.answers, causal.run
 
     def filled(*given: Any, **named: Any) -> list[list[Example]]:
         found = real(*given, **named)
@@ -313,7 +313,7 @@ def test_a_few_questions_are_filled_in_at_a_time(
         most.append(sum(one() is not None for one in alive))
         return run(*given, **named)
 
-    monkeypatch.setattr(BoundTemplate, "answers", filled)
+    monkeypatch.setattr(TokenizedTemplate, "answers", filled)
     monkeypatch.setattr(causal, "run", counted)
     monkeypatch.setattr(ptuning.engine.objective, "TEXTS_AT_ONCE", 12)
     progress: list[tuple[int, int]] = []

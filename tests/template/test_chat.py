@@ -14,11 +14,11 @@ from ptuning.errors import BackboneError, RecordError, TemplateError
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
+from ptuning.template.encode import TokenizedTemplate, TooLongError
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.language import Template
-from ptuning.template.turns import ASSISTANT, USER, read_turns, write_turns
-from ptuning.template.turns import ChatTurn as Turn
+from ptuning.template.messages import ASSISTANT, USER, read_messages, write_messages
+from ptuning.template.messages import ChatMessage as Turn
 from tests.chats import PLAIN, SHAPES, SPECIALS, chat_tokenizer, shaped
 from tests.conftest import CORPUS, make_tokenizer
 
@@ -42,14 +42,16 @@ def conversation(draw: random.Random) -> list[Turn]:
     return [Turn(role, content(draw)) for role in roles]
 
 
-def bound(name: str, system: str = SYSTEM, max_length: int | None = None) -> BoundTemplate:
+def bound(name: str, system: str = SYSTEM, max_length: int | None = None) -> TokenizedTemplate:
     tokenizer = chat_tokenizer(name)
-    return BoundTemplate(chat_template(tokenizer, system), tokenizer=tokenizer, kind="causal", max_length=max_length)
+    return TokenizedTemplate(
+        chat_template(tokenizer, system), tokenizer=tokenizer, kind="causal", max_length=max_length
+    )
 
 
 def record_of(turns: Sequence[Turn]) -> dict[str, str]:
     """The record of a conversation's last answer."""
-    return {"messages": write_turns(turns[:-1]), "y": turns[-1].content}
+    return {"messages": write_messages(turns[:-1]), "y": turns[-1].content}
 
 
 def messages(name: str, turns: Sequence[Turn], system: str = SYSTEM) -> list[dict[str, str]]:
@@ -202,7 +204,7 @@ def test_chat_templates_that_cannot_be_used_are_refused(jinja: str, says: str) -
         chat_template(tokenizer)
     if not jinja:
         with pytest.raises(BackboneError, match=says):
-            BoundTemplate(Template.parse("[C] [Y]"), tokenizer=tokenizer, kind="causal")
+            TokenizedTemplate(Template.parse("[C] [Y]"), tokenizer=tokenizer, kind="causal")
 
 
 def test_the_chat_template_alone_says_what_a_row_begins_with() -> None:
@@ -210,7 +212,7 @@ def test_the_chat_template_alone_says_what_a_row_begins_with() -> None:
     tokenizer = with_template("{% for m in messages %}{{ 'a ' + m.content + ' ' }}{% endfor %}")
     assert tokenizer.prefix_ids
     for pattern, begins in (("the [C] [Y]", False), ("the {messages} [Y]", True)):
-        filled = BoundTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
+        filled = TokenizedTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
         (example,) = filled.contexts([{"messages": "movie"}])
         assert (example.token_ids[: len(tokenizer.prefix_ids)] == tokenizer.prefix_ids) is begins
 
@@ -250,7 +252,7 @@ def test_what_is_shown_of_a_cut_conversation_is_what_is_learned() -> None:
 
 def test_a_text_alone_is_what_the_user_says() -> None:
     filled = bound("zephyr")
-    one, other = filled.contexts([{"messages": "Is it far?"}, {"messages": write_turns([Turn(USER, "Is it far?")])}])
+    one, other = filled.contexts([{"messages": "Is it far?"}, {"messages": write_messages([Turn(USER, "Is it far?")])}])
     assert one == other
 
 
@@ -277,7 +279,7 @@ def test_the_end_of_answers_is_kept_with_the_template(name: str, tmp_path: objec
     again = Prompt.load(f"{tmp_path}/prompt")
     assert again.template == filled.template == chat_template(chat_tokenizer(name), SYSTEM)
     turns = conversation(random.Random(name))
-    loaded = BoundTemplate(again.template, tokenizer=chat_tokenizer(name), kind="causal", multiline=again.multiline)
+    loaded = TokenizedTemplate(again.template, tokenizer=chat_tokenizer(name), kind="causal", multiline=again.multiline)
     assert loaded.examples([record_of(turns)], with_stop=True) == filled.examples([record_of(turns)], with_stop=True)
     (end,) = filled.end_ids
     assert end == shaped(name).convert_tokens_to_ids(SHAPES[name].end.strip())
@@ -287,7 +289,7 @@ def test_any_template_may_name_the_end_of_its_answers() -> None:
     """A special token behind the target; without it an answer ends with its line, as ever."""
     tokenizer = chat_tokenizer("chatml")
     for pattern, ends in (("[X] is [Y]<|im_end|> and more", True), ("[X] is [Y] <end>", True), ("[X] is [Y].", False)):
-        filled = BoundTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
+        filled = TokenizedTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
         (example,) = filled.examples([{"x": "it", "y": "far"}], with_stop=True)
         assert filled.multiline is ends
         assert bool(filled.end_ids) is ends
@@ -315,13 +317,13 @@ def test_a_conversation_is_there_once_and_needs_a_record() -> None:
 )
 def test_turns_that_are_no_conversation(turns: list[Turn], says: str) -> None:
     with pytest.raises(RecordError, match=says):
-        bound("chatml").contexts([{"messages": write_turns(turns)}])
+        bound("chatml").contexts([{"messages": write_messages(turns)}])
 
 
 @pytest.mark.parametrize("text", ["[]", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]', "[P*3] is it?"])
 def test_text_that_looks_like_turns_is_text(text: str) -> None:
-    assert read_turns(text) == (Turn(USER, text),)
-    assert read_turns(write_turns([Turn(USER, text)])) == (Turn(USER, text),)
+    assert read_messages(text) == (Turn(USER, text),)
+    assert read_messages(write_messages([Turn(USER, text)])) == (Turn(USER, text),)
 
 
 def test_plain_added_tokens_are_told_from_markup() -> None:

@@ -10,19 +10,19 @@ from transformers import PreTrainedTokenizerFast
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import LabelWordError, RecordError
 from ptuning.records import Records
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
 WORDS = LabelWords({"positive": ("great", "good"), "negative": ("terrible",)})
-Bind = Callable[[str], BoundTemplate]
+Bind = Callable[[str], TokenizedTemplate]
 
 
 @pytest.fixture
 def bind(raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> Bind:
-    def get(family: str) -> BoundTemplate:
+    def get(family: str) -> TokenizedTemplate:
         tokenizer = TextTokenizer(raw_tokenizer(family), max_tokens=64)
-        return BoundTemplate(
+        return TokenizedTemplate(
             Template.parse("{text} [P] It was [Y]."),
             tokenizer=tokenizer,
             kind="causal" if tokenizer.mask_id is None else "masked",

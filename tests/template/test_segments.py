@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from ptuning.template.messages import ChatMessage
 from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, MarkedText, TextRun
-from ptuning.template.turns import ChatTurn
 
 
 class Words:
@@ -39,7 +39,7 @@ class Words:
     def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
         raise NotImplementedError
 
-    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
+    def render_chat(self, turns: Sequence[ChatMessage], *, answer_next: bool) -> str:
         raise NotImplementedError
 
     def id_of(self, word: str) -> int:

@@ -14,7 +14,7 @@ from ptuning.errors import PTuningError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.written import score_written
 from ptuning.records import Record, Records, as_records
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.training import prepare
 from ptuning.training.identity import identity
 from tests.conftest import items_of
@@ -53,7 +53,7 @@ def test_at_most_64_development_records_are_written_for_and_they_are_drawn(causa
     rows: list[Record] = [{**TEXTS[index % 9], "x": f"city {index}"} for index in range(100)]
     seen: list[int] = []
 
-    def judging(bound: BoundTemplate, records: Records, metric: str, *, max_tokens: int) -> Any:
+    def judging(bound: TokenizedTemplate, records: Records, metric: str, *, max_tokens: int) -> Any:
         seen.extend((len(records), max_tokens))
         return lambda *_: 0.0
 

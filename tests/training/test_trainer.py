@@ -40,8 +40,8 @@ from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.segments import Ids
@@ -318,7 +318,7 @@ def test_resuming_with_deep_slots_is_exact(tmp_path: Path, name: str, kind: Deep
     """Invariant *Resume is exact*, with columns that rows do not read; and *Frozen is frozen*."""
     backbone = backbone_of(name)
     template = Template.parse("[D:the city of] [P] [X] [D:is] so [Y]")
-    filled = BoundTemplate(
+    filled = TokenizedTemplate(
         template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=backbone.reads_blocks, max_length=60
     )
     items = target_items(filled, as_records(FACTS), with_stop=True)
@@ -357,7 +357,7 @@ def test_resuming_with_deep_slots_is_exact(tmp_path: Path, name: str, kind: Deep
 
 
 def test_checkpointing_with_a_block_of_deep_slots_has_the_same_result(causal: Backbone) -> None:
-    filled = BoundTemplate(
+    filled = TokenizedTemplate(
         Template.parse("[D:the city of] [X] is [Y]"), tokenizer=causal.tokenizer, kind=causal.kind, block=True
     )
     items = target_items(filled, as_records(FACTS), with_stop=True)
@@ -374,7 +374,7 @@ def test_checkpointing_with_a_block_of_deep_slots_has_the_same_result(causal: Ba
 
 
 def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
-    filled = BoundTemplate(
+    filled = TokenizedTemplate(
         Template.parse("[D:the city of] [X] is [Y]"), tokenizer=causal.tokenizer, kind=causal.kind, block=True
     )
     items = target_items(filled, as_records(FACTS), with_stop=True)
@@ -393,7 +393,7 @@ def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
 @pytest.mark.parametrize("text", ["[D:the city of] [X] is [Y]", "[X] [D:is in] [Y]"])
 def test_deep_slots_start_at_random_where_asked(causal: Backbone, text: str) -> None:
     """A control: the same draw with the same seed, and no longer the words."""
-    filled = BoundTemplate(Template.parse(text), tokenizer=causal.tokenizer, kind=causal.kind, block=True)
+    filled = TokenizedTemplate(Template.parse(text), tokenizer=causal.tokenizer, kind=causal.kind, block=True)
 
     def start(how: str, seed: int) -> torch.Tensor:
         settings = TrainConfig.from_json({**FAST, "deep_start": how, "seed": seed})

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError, shown
 from ptuning.records import check_text
-from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
+from ptuning.template.messages import ChatMessage
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
-from ptuning.template.turns import ChatTurn
+from ptuning.template.shared_prefix import SHARING_TEXTS, encode_shared_prefix, has_words_apart
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ class TextTokenizer:
         """Return the token ids of each text, without special tokens."""
         if len(texts) < SHARING_TEXTS or not self._words_are_apart:
             return self._encode(texts)
-        return encode_alike(self._encode, texts)
+        return encode_shared_prefix(self._encode, texts)
 
     @functools.cached_property
     def _words_are_apart(self) -> bool:
@@ -141,7 +141,7 @@ class TextTokenizer:
                 spelled.append(token)
         return spelled
 
-    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
+    def render_chat(self, turns: Sequence[ChatMessage], *, answer_next: bool) -> str:
         """Return a conversation as the model's chat template writes it, with the beginning of an answer if it comes
         next. A BackboneError if there is no chat template, or it refuses these turns.
         """

@@ -114,7 +114,7 @@ class AnswerSpace:
             return question.answers
         return (self.words.label_of(question.record, where="the row"),) if TARGET_FIELD in question.record else ()
 
-    def spoken(self, record: Record) -> Record:
+    def verbalized(self, record: Record) -> Record:
         """Return a record as an example shows it to the model: with a word of the label as the target."""
         if self.words is None:
             return record

@@ -11,9 +11,9 @@ from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import PTuningError
 from ptuning.records import TARGET_FIELD
+from ptuning.template.ambiguity import check_fields, check_targets
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.known import check_fields, check_targets
 from ptuning.template.language import Field, Template
 from ptuning.template.segments import Kind, Tokenizer
 
@@ -61,7 +61,7 @@ def check_words(
     return Findings(*(tuple(dict.fromkeys(lines)) for lines in vars(found).values()))
 
 
-def check_known(bound: BoundTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
+def check_known(bound: TokenizedTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
     """Return warnings about text in the parts of a task that the tokenizer does not know. Each different target is
     tokenised once, beside fields that hold their own names.
 
@@ -78,8 +78,8 @@ def check_known(bound: BoundTemplate, answers: AnswerSpace, parts: Iterable[Ques
             texts = list(dict.fromkeys(text for row in questions for text in row.right))
             examples = bound.examples([bare] * len(texts), targets=texts)
             known = {text for text, example in zip(texts, examples, strict=True) if example.known}
-            can_be_hit = [not known.isdisjoint(row.right) for row in questions]
-            warnings += check_targets(can_be_hit, records, is_choice=answers.has_choices)
+            distinguishable = [not known.isdisjoint(row.right) for row in questions]
+            warnings += check_targets(distinguishable, records, is_choice=answers.has_choices)
         warnings += check_fields(bound.tokenizer, records, bound.template.fields)
     return warnings
 
@@ -95,7 +95,7 @@ def _check_template(
 ) -> Findings:
     facts, doubts = [], []
     try:
-        bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
+        bound = TokenizedTemplate(template, tokenizer=tokenizer, kind=kind)
         if task.label_words is not None:
             lines = task.label_words.check_known(task.label_words.examples(bound, sample.record))
             facts.append(f"label words and their tokens: {'; '.join(lines)}")

@@ -11,7 +11,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.probes import BlockShape
 from ptuning.engine.learned import Deep
 from ptuning.errors import PromptError
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 
 # Tokens whose run shows what the layers of a backbone usually read.
 ORDINARY_TOKENS = 32
@@ -52,7 +52,7 @@ def input_sizes(backbone: Backbone, generator: torch.Generator) -> Tensor:
 
 
 def deep_start(
-    backbone: Backbone, bound: BoundTemplate, *, generator: torch.Generator, random: bool = False
+    backbone: Backbone, bound: TokenizedTemplate, *, generator: torch.Generator, random: bool = False
 ) -> tuple[Deep, dict[str, Tensor]] | None:
     """Return what the deep slots of a template start at, and the reach of each layer; None without deep slots.
 
@@ -81,7 +81,7 @@ def deep_start(
     return Deep(block, layout.lead, offsets, slots), reach
 
 
-def check_deep(deep: Deep, bound: BoundTemplate, backbone: Backbone) -> None:
+def check_deep(deep: Deep, bound: TokenizedTemplate, backbone: Backbone) -> None:
     """Raise a PromptError if what deep slots bring does not fit a template or a backbone."""
     layout, own = bound.layout, (deep.in_front, deep.lead, deep.slots)
     if own != (layout.in_front, layout.lead, layout.deep_slots):

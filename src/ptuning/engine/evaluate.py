@@ -21,8 +21,8 @@ from ptuning.progress import OnProgress, Progress
 class Evaluation:
     """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
     With classes also the most likely class of each record, and the natural log-probabilities of its classes.
-    ``known`` says which records can be a hit at all (:attr:`~ptuning.engine.objective.Item.can_be_hit`), and ``count``
-    of how many tokens (or records) the loss is the mean.
+    ``known``: which records can be a hit at all (:attr:`~ptuning.engine.objective.Item.distinguishable`).
+    ``count``: number of tokens (or records) of which the loss is the mean.
     """
 
     loss: float
@@ -52,7 +52,7 @@ def evaluate(
     Targets that the tokenizer does not know are misses, and not part of the loss.
     """
     loss_sum, count = 0.0, 0.0
-    known = [bool(item.can_be_hit) for item in items]
+    known = [bool(item.distinguishable) for item in items]
     found = {index: 0.0 for index, item in enumerate(items) if not (item.answers or known[index])}
     asked = [index for index in range(len(items)) if index not in found]
     guesses: dict[int, int] = {}

@@ -17,9 +17,9 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template.ambiguity import check_fields, check_targets, collisions_of, is_distinguishable, warn
+from ptuning.template.encode import TokenizedTemplate, TooLongError
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate, TooLongError
-from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS, Ids
 
@@ -82,16 +82,16 @@ class Item:
         return sum(len(example.token_ids) for example in self.inputs)
 
     @functools.cached_property
-    def rivals(self) -> list[frozenset[int] | None]:
-        """The rivals of each class (:func:`~ptuning.template.known.rivals_of`)."""
+    def collisions(self) -> list[frozenset[int] | None]:
+        """The collisions of each class (:func:`~ptuning.template.ambiguity.collisions_of`)."""
         scored = [(self.inputs[one.input].token_ids, one.target_ids) if one.known else None for one in self.choices]
-        return rivals_of(scored, self.classes or range(len(scored)))
+        return collisions_of(scored, self.classes or range(len(scored)))
 
     @functools.cached_property
-    def can_be_hit(self) -> frozenset[int]:
+    def distinguishable(self) -> frozenset[int]:
         """The classes that are right, or the target alone, as far as the tokenizer tells them from wrong ones."""
         right = self.answers or (0,)
-        return frozenset(one for one in right if can_hit(self.rivals[one], right))
+        return frozenset(one for one in right if is_distinguishable(self.collisions[one], right))
 
 
 def inputs_of(items: Iterable[Item]) -> list[Example]:
@@ -119,7 +119,7 @@ def _choice(example: Example, place: int = 0) -> Choice:
     return Choice(place, example.target_ids, example.own_tokens, example.known, example.named_end)
 
 
-def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool, cut: bool = False) -> list[Item]:
+def target_items(bound: TokenizedTemplate, records: Records, *, with_stop: bool, cut: bool = False) -> list[Item]:
     """Return one item per record, with its target as the only choice. Warns about targets that the tokenizer does not
     know, and raises a RecordError if there are hardly any others. Of a target that does not fit, the beginning is taken
     if asked for (``cut``), without an end; with a warning.
@@ -130,11 +130,11 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool, cut
     items = [Item((example,), (_choice(example),)) for example in examples]
     for index in shorter if bound.kind not in FILLS_MASKS else ():
         items[index] = cut_target(items[index], max(1, items[index].choices[0].own_tokens - 1))
-    _check_known(bound, records, [bool(item.can_be_hit) for item in items], is_choice=False)
+    _check_known(bound, records, [bool(item.distinguishable) for item in items], is_choice=False)
     return items
 
 
-def _shorter(bound: BoundTemplate, records: Records, *, with_stop: bool) -> dict[int, Record]:
+def _shorter(bound: TokenizedTemplate, records: Records, *, with_stop: bool) -> dict[int, Record]:
     """Return index -> record with the beginning of its target, of those whose target does not fit beside the rest, even
     with fields that are cut: as much of it as half of what the model reads.
     """
@@ -161,13 +161,13 @@ def _shorter(bound: BoundTemplate, records: Records, *, with_stop: bool) -> dict
     return found
 
 
-def _check_known(bound: BoundTemplate, records: Records, known: Sequence[bool], *, is_choice: bool) -> None:
+def _check_known(bound: TokenizedTemplate, records: Records, known: Sequence[bool], *, is_choice: bool) -> None:
     warn(check_targets(known, records, is_choice=is_choice))
     warn(check_fields(bound.tokenizer, records, bound.template.fields))
 
 
 def question_items(
-    bound: BoundTemplate,
+    bound: TokenizedTemplate,
     questions: Questions,
     answers: AnswerSpace,
     *,
@@ -187,7 +187,7 @@ def question_items(
 
 
 def item_parts(
-    bound: BoundTemplate,
+    bound: TokenizedTemplate,
     questions: Questions,
     answers: AnswerSpace,
     *,
@@ -207,7 +207,7 @@ def item_parts(
         asked = questions[part.start : part.stop]
         items = _closed_items(bound, asked, answers, source=source, first=part.start + 1, labelled=labelled)
         if labelled:
-            known += [bool(item.can_be_hit) for item in items]
+            known += [bool(item.distinguishable) for item in items]
             if part.stop == len(questions):
                 is_choice = any(answers.right(question) for question in questions)
                 _check_known(bound, questions.records, known, is_choice=is_choice)
@@ -229,7 +229,7 @@ def _few(questions: Sequence[Question], answers: AnswerSpace) -> Iterator[range]
 
 
 def _closed_items(
-    bound: BoundTemplate,
+    bound: TokenizedTemplate,
     questions: Sequence[Question],
     answers: AnswerSpace,
     *,
@@ -267,7 +267,7 @@ def _closed_items(
 
 
 def _head_items(
-    bound: BoundTemplate, questions: Sequence[Question], answers: AnswerSpace, *, source: str, labelled: bool
+    bound: TokenizedTemplate, questions: Sequence[Question], answers: AnswerSpace, *, source: str, labelled: bool
 ) -> list[Item]:
     """Return items whose classes are the outputs of a classification head, which reads the hidden state that would
     write the first token of the target.
@@ -452,9 +452,11 @@ def loss_count(items: Sequence[Item]) -> float:
 
 def hits(items: Sequence[Item], scored: Scored) -> list[float]:
     """Return 1.0 for each item answered correctly: greedy decoding would write the target, or its class is right.
-    What the tokenizer does not know or tell apart is never a hit (:attr:`Item.can_be_hit`).
+    What the tokenizer does not know or tell apart is never a hit (:attr:`Item.distinguishable`).
     """
     if not items[0].answers:
-        return [float(hit and bool(item.can_be_hit)) for hit, item in zip(scored.correct.tolist(), items, strict=True)]
+        return [
+            float(hit and bool(item.distinguishable)) for hit, item in zip(scored.correct.tolist(), items, strict=True)
+        ]
     guesses = class_scores(items, scored).argmax(dim=-1).tolist()
-    return [float(guess in item.can_be_hit) for guess, item in zip(guesses, items, strict=True)]
+    return [float(guess in item.distinguishable) for guess, item in zip(guesses, items, strict=True)]

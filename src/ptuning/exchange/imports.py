@@ -22,7 +22,7 @@ from ptuning.files import Unchecked, read_bytes, read_json
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.segments import Ids
@@ -130,7 +130,7 @@ def import_prompt(
             f"the virtual tokens are {adapter.vectors.shape[1]} wide, and the embeddings of '{backbone.name}' "
             f"{backbone.width}; name the model that they were trained on with --backbone"
         )
-    bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind)
+    bound = TokenizedTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind)
     if bound.kind != "causal":
         raise ExchangeError(
             f"'{backbone.name}' is a model of the kind {bound.kind}; virtual tokens of causal models are read"
@@ -154,7 +154,7 @@ def import_prompt(
 def _import_prefix(adapter: Adapter, template: Template, backbone: Backbone, label_words: LabelWords | None) -> Prompt:
     """Return a prompt whose deep slots in front, ``[D*n]``, are PEFT's prefix."""
     deep = deep_of(adapter.vectors, backbone, opening=backbone.tokenizer.prefix_ids)
-    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=True)
+    bound = TokenizedTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=True)
     layout = bound.layout
     if (layout.in_front, len(layout.slot_start_ids)) != (deep.in_front, 0):
         raise ExchangeError(
@@ -180,7 +180,7 @@ def _import_prefix(adapter: Adapter, template: Template, backbone: Backbone, lab
     )
 
 
-def _check_text(bound: BoundTemplate, backbone: Backbone, record: Record, rest: Sequence[int]) -> None:
+def _check_text(bound: TokenizedTemplate, backbone: Backbone, record: Record, rest: Sequence[int]) -> None:
     """Raise an ExchangeError if the text behind the slots has other ids than the row has there."""
     text = bound.texts(record)[-1]
     found = backbone.tokenizer.read(text, add_special_tokens=False)
@@ -201,7 +201,7 @@ def _begins_with(vectors: Tensor, ids: Ids, backbone: Backbone) -> bool:
     return bool((vectors[: len(ids)] - own).abs().max() <= rounding * own.abs().max())
 
 
-def _check_slots(bound: BoundTemplate, positions: Ids, number: int, skipped: int) -> None:
+def _check_slots(bound: TokenizedTemplate, positions: Ids, number: int, skipped: int) -> None:
     """Check that the slots stand where the virtual tokens do; the tokenizer itself puts those in front that are
     ``skipped``.
     """

@@ -14,8 +14,8 @@ from ptuning.engine.passes import target_logits
 from ptuning.errors import ExchangeError
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Record, Records, Rows
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.segments import Ids
 
 # So many records are run: each row alone, in both programs.
@@ -49,7 +49,7 @@ class Source:
 
     prompt: Prompt
     backbone: Backbone
-    bound: BoundTemplate
+    bound: TokenizedTemplate
     rows: Sequence[ScoredRow]
     records: int
     data: str
@@ -109,7 +109,7 @@ def source_of(prompt: Prompt, backbone: Backbone, data: Rows | Questions) -> Sou
     return Source(prompt, backbone, bound, rows, len(questions), everything.name, int(likeliest.argmin()))
 
 
-def _filled(prompt: Prompt, bound: BoundTemplate, questions: Questions) -> list[tuple[Record, Example]]:
+def _filled(prompt: Prompt, bound: TokenizedTemplate, questions: Questions) -> list[tuple[Record, Example]]:
     answers, records = prompt.answer_space, questions.records
     if not answers.is_closed:
         return list(zip(records, bound.examples(records), strict=True))

@@ -19,8 +19,8 @@ from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
 from ptuning.provenance import described
 from ptuning.records import TARGET_FIELD, Record, Records
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.known import warn
+from ptuning.template.ambiguity import warn
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
@@ -38,7 +38,7 @@ class OneToken:
     def __init__(
         self, backbone: Backbone, templates: Sequence[Template], *, words: Sequence[str] | None = None
     ) -> None:
-        self._bound = [BoundTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind) for one in templates]
+        self._bound = [TokenizedTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind) for one in templates]
         self._words = frozenset(words) if words is not None else None
 
     def every(self, records: Sequence[Record]) -> bool:
@@ -98,7 +98,7 @@ def check_known(job: CellJob, backbone: Backbone) -> None:
     """
     task = job.task
     for template in (task.manual, task.template):
-        bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        bound = TokenizedTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
         warn(task_check.check_known(bound, task.answer_space, (task.train, task.dev, job.test)))
 
 

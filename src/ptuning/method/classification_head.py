@@ -21,9 +21,9 @@ from ptuning.metrics import Answer
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import rank_classes
 from ptuning.records import Record
+from ptuning.template.ambiguity import is_known
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
 from ptuning.training.optimizer import with_gradients
@@ -41,7 +41,7 @@ def head_template(task: Task, *, kind: Kind) -> Template:
     return Template((*pieces, *([Turn()] if kind == "encoder-decoder" else []), Target()))
 
 
-def head_items(bound: BoundTemplate, questions: Questions, answers: AnswerSpace) -> list[Item]:
+def head_items(bound: TokenizedTemplate, questions: Questions, answers: AnswerSpace) -> list[Item]:
     """Return one item per question: one input whose classes are the labels, or one input per choice."""
     rows = [filled for question in questions for filled in _filled(question, answers)]
     filled = bound.contexts(rows, source=questions.name)
@@ -94,7 +94,7 @@ class HeadModel:
         self.answer_space = answers = task.answer_space
         seed = derived_seed(config.seed, "classification head")
         copy = with_head(setup.backbone, len(answers.labels) or 1, seed=seed)
-        self.bound = BoundTemplate(
+        self.bound = TokenizedTemplate(
             head_template(task, kind=copy.kind),
             tokenizer=copy.tokenizer,
             kind=copy.kind,

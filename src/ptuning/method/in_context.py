@@ -66,7 +66,7 @@ def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Templat
     # Examples become literal text of the template, in which a special token such as "[MASK]" would act as one.
     specials = setup.backbone.tokenizer.special_ids
     shown = [
-        task.answer_space.spoken(row.record)
+        task.answer_space.verbalized(row.record)
         for row in task.train
         if not any(token in text for text in row.record.values() for token in specials)
     ]
@@ -82,7 +82,7 @@ def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Templat
 def example_counts(task: Task, setup: Setup) -> list[int]:
     """Return the numbers of examples that fit in front of the longest training record; always the smallest one."""
     bound = Prompt.manual(task.manual).bind(setup.backbone)
-    records = [task.answer_space.spoken(row.record) for row in task.train]
+    records = [task.answer_space.verbalized(row.record) for row in task.train]
     lengths = [len(example.token_ids) + example.own_tokens for example in bound.examples(records)]
     room = min(setup.backbone.tokenizer.max_tokens, IN_CONTEXT_TOKENS) - max(lengths)
     fitting = [count for count in IN_CONTEXT_EXAMPLES if count * sum(lengths) / len(lengths) <= room]

@@ -25,8 +25,8 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import TARGET_FIELD, Records, Rows, references_of
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.known import can_hit
+from ptuning.template.ambiguity import is_distinguishable
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 # Texts that are written together, and kept together if the work is stopped.
@@ -109,7 +109,7 @@ def written_parts(
 
 def of_any_reference(
     backbone: Backbone,
-    bound: BoundTemplate,
+    bound: TokenizedTemplate,
     records: Records,
     learned: Learned,
     found: Evaluation,
@@ -155,22 +155,22 @@ def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answ
     """
     others = [one for one in found if one.text.strip() not in right]
     answers = [one for one in found if one.text.strip() in right]
-    own = next((one for one in answers if one.rivals is not None), None)
+    own = next((one for one in answers if one.collisions is not None), None)
     # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob or _are_rivals(one, own) for one in others)
+    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob or _collide(one, own) for one in others)
     best = own if own is not None and rank == 1 else next(iter(others), found[0])
-    known = not answers or any(can_hit(one.rivals, right) for one in answers)
+    known = not answers or any(is_distinguishable(one.collisions, right) for one in answers)
     return Answer(best.text.strip(), best is own, rank, best.log_prob, known=known)
 
 
-def _are_rivals(one: Candidate, other: Candidate) -> bool:
-    return one.text.strip() in (other.rivals or ())
+def _collide(one: Candidate, other: Candidate) -> bool:
+    return one.text.strip() in (other.collisions or ())
 
 
 @torch.no_grad()
 def _among_tokens(
     backbone: Backbone,
-    bound: BoundTemplate,
+    bound: TokenizedTemplate,
     learned: Learned,
     records: Records,
     *,
@@ -215,14 +215,14 @@ def _only_token(item: Item) -> int:
     return ids[0]
 
 
-def token_ids_of(bound: BoundTemplate, records: Records, texts: Sequence[str]) -> Tensor:
+def token_ids_of(bound: TokenizedTemplate, records: Records, texts: Sequence[str]) -> Tensor:
     """Return the token ids of the texts that are one token in a template filled from the first record, (C,) int64, each
     once. Text that the tokenizer does not know is none. A RecordError if there are none.
     """
     return torch.tensor(list(_single_tokens(bound, records, texts)), dtype=torch.int64)
 
 
-def _single_tokens(bound: BoundTemplate, records: Records, texts: Sequence[str]) -> dict[int, int]:
+def _single_tokens(bound: TokenizedTemplate, records: Records, texts: Sequence[str]) -> dict[int, int]:
     """Return the number of different texts for each token of :func:`token_ids_of`."""
     different = list(dict.fromkeys(texts))
     examples = bound.examples([records[0]] * len(different), targets=different, source="answer")

@@ -12,7 +12,7 @@ from ptuning.data.reading import RawRows, Row, as_read, with_fields
 from ptuning.errors import RecordError
 from ptuning.records import TARGET_FIELD, Records, check_text, require_fields
 from ptuning.template.language import CONVERSATION_FIELD
-from ptuning.template.turns import USER, ChatTurn, write_turns
+from ptuning.template.messages import USER, ChatMessage, write_messages
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt  # torch, which --help must not wait for
@@ -30,7 +30,7 @@ class ToAnswer:
 
     @classmethod
     def typed(
-        cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[ChatTurn] = ()
+        cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[ChatMessage] = ()
     ) -> ToAnswer:
         """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file. In a
         conversation, what is typed is the user's next turn, behind those ``before``.
@@ -39,8 +39,8 @@ class ToAnswer:
             check_text(text, where=where, what="it")
         record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
         if prompt.template.has_conversation:
-            turns = [*before, ChatTurn(USER, record[CONVERSATION_FIELD].strip())]
-            record = {**record, CONVERSATION_FIELD: write_turns(turns)}
+            turns = [*before, ChatMessage(USER, record[CONVERSATION_FIELD].strip())]
+            record = {**record, CONVERSATION_FIELD: write_messages(turns)}
         asked, row = Questions([Question(record)], name=where), (where, texts)
         return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
 

@@ -19,7 +19,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.records import Rows
 from ptuning.statistics import Score
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 
 NEAREST = 5
 SAMPLED_TOKENS = 512
@@ -140,7 +140,7 @@ def inspect_prompt(
     return Inspection(views, *_typical(table), scores, _deep_views(prompt, bound, backbone))
 
 
-def _deep_views(prompt: Prompt, bound: BoundTemplate, backbone: Backbone) -> tuple[DeepView, ...]:
+def _deep_views(prompt: Prompt, bound: TokenizedTemplate, backbone: Backbone) -> tuple[DeepView, ...]:
     deep = prompt.deep
     if deep is None:
         return ()

@@ -27,9 +27,9 @@ from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError,
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
+from ptuning.template.ambiguity import check_candidates, collisions_of, warn
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.known import check_candidates, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
 
@@ -176,9 +176,11 @@ class PromptModel:
             for index, filled, values in zip(part, examples, totals, strict=True):
                 if normalise[index] == "mean":
                     values = [one / len(example.target_ids) for one, example in zip(values, filled, strict=True)]
-                rivals = rivals_of([(one.token_ids, one.target_ids) if one.known else None for one in filled], every)
-                warn(check_candidates(rivals, candidates))
-                ranked.append(Candidate.ranked(candidates, values, rivals))
+                collisions = collisions_of(
+                    [(one.token_ids, one.target_ids) if one.known else None for one in filled], every
+                )
+                warn(check_candidates(collisions, candidates))
+                ranked.append(Candidate.ranked(candidates, values, collisions))
         return ranked
 
     @torch.no_grad()
@@ -367,7 +369,7 @@ class PromptModel:
             for row in written
         ]
 
-    def _bind(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[BoundTemplate, list[int]]], Learned]:
+    def _bind(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[TokenizedTemplate, list[int]]], Learned]:
         """Return each prompt's bound template with the rows that use it, and the vectors of all prompts."""
         groups = _by_prompt(prompts)
         number = {id(prompt): place for place, (prompt, _) in enumerate(groups)}
@@ -411,7 +413,7 @@ def classes_of(items: Sequence[Item], names: Sequence[Sequence[str]], logits: Te
     scores = torch.log_softmax(class_scores(items, score_choices(items, logits)), dim=-1).cpu()  # (I, K)
     # An item with fewer classes than others of the batch has no names for those that it lacks.
     return [
-        Candidate.ranked(own, values, item.rivals)
+        Candidate.ranked(own, values, item.collisions)
         for item, own, values in zip(items, names, scores.tolist(), strict=True)
     ]
 

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible answer with its total natural log-probability. ``rivals`` are others that the tokenizer writes with
-    the same tokens; None if it does not know the answer (:func:`ptuning.template.known.rivals_of`).
+    """A possible answer with its total natural log-probability. ``collisions`` are others with the same
+    tokens; None if it does not know the answer (:func:`ptuning.template.ambiguity.collisions_of`).
     """
 
     text: str
     log_prob: float
-    rivals: tuple[str, ...] | None = ()
+    collisions: tuple[str, ...] | None = ()
 
     @classmethod
     def ranked(
-        cls, texts: Sequence[str], log_probs: Sequence[float], rivals: Sequence[frozenset[int] | None]
+        cls, texts: Sequence[str], log_probs: Sequence[float], collisions: Sequence[frozenset[int] | None]
     ) -> list[Candidate]:
-        """Return candidates, best first, on a tie in the given order; ``rivals`` are places among the texts."""
-        named = [None if one is None else tuple(texts[at].strip() for at in sorted(one)) for one in rivals]
+        """Return candidates, best first, on a tie in the given order; ``collisions`` are places among the texts."""
+        named = [None if one is None else tuple(texts[at].strip() for at in sorted(one)) for one in collisions]
         return sorted(map(cls, texts, log_probs, named), key=lambda one: -one.log_prob)
 
     def to_json(self) -> dict[str, Json]:

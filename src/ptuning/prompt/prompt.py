@@ -22,7 +22,7 @@ from ptuning.files import Json, Unchecked
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.sharing import find_prompt, push
 from ptuning.prompt.storage import Stored, read_prompt, write_prompt
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 
@@ -152,7 +152,7 @@ class Prompt:
         """
         parsed = as_template(template)
         block = parsed.has_deep and backbone.reads_blocks
-        bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
+        bound = TokenizedTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
         in_front = bound.layout.in_front
         slots = in_front + bound.slots
         if len(slot_token_ids) != slots:
@@ -215,14 +215,14 @@ class Prompt:
             return Learned.none(backbone.width)
         return Learned.of(self.slot_vectors, self.deep)
 
-    def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
+    def bind(self, backbone: Backbone, *, force: bool = False) -> TokenizedTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
 
         ``force`` accepts another backbone of the same width; the answers may be worthless. A PromptError if the prompt
         belongs to another backbone, or its shape does not fit.
         """
         backbone.check_evaluates()
-        bound = BoundTemplate(
+        bound = TokenizedTemplate(
             self.template,
             tokenizer=backbone.tokenizer,
             kind=backbone.kind,

@@ -25,7 +25,7 @@ from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.prompt.score import Result, prediction_rows
 from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 
 
 def text_row(record: Record, found: Prediction) -> dict[str, Json]:
@@ -104,7 +104,7 @@ def score_written(
 
 
 def judging(
-    bound: BoundTemplate, records: Records, metric: str, *, max_tokens: int
+    bound: TokenizedTemplate, records: Records, metric: str, *, max_tokens: int
 ) -> Callable[[Backbone, Learned], float]:
     """Return what scores a metric of the texts that are written, greedily, for a few records with what was learned."""
     rows, greedy = [OpenRow(bound, record, max_tokens) for record in records], GenerationSettings()

@@ -25,8 +25,8 @@ from ptuning.template.language import (
     TextSlots,
     render,
 )
+from ptuning.template.messages import ASSISTANT, SYSTEM, USER, ChatMessage, Messages, newest, read_messages
 from ptuning.template.segments import LITERAL, NOTHING, MarkedText, Tokenizer, as_markup
-from ptuning.template.turns import ASSISTANT, SYSTEM, USER, ChatTurn, Turns, newest, read_turns
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ChatMarkup:
         key = (tuple(roles), answer_next)
         if key not in self._around:
             words = [f"qx{number:04d}xq" for number in range(len(roles))]
-            text = self._tokenizer.render_chat(list(map(ChatTurn, roles, words)), answer_next=answer_next)
+            text = self._tokenizer.render_chat(list(map(ChatMessage, roles, words)), answer_next=answer_next)
             pieces = PLACEHOLDER.split(text)
             if PLACEHOLDER.findall(text) != words:
                 raise BackboneError(
@@ -64,7 +64,7 @@ class ChatMarkup:
             self._around[key] = tuple(pieces)
         return self._around[key]
 
-    def between(self, turns: Turns) -> list[tuple[str, MarkedText]]:
+    def between(self, turns: Messages) -> list[tuple[str, MarkedText]]:
         """Return the segments from the first content to the last one: contents, which are text and named by their role,
         and the markup between them.
         """
@@ -75,7 +75,7 @@ class ChatMarkup:
         ]
         return list(itertools.chain.from_iterable(segments))[:-1]
 
-    def check(self, turns: Sequence[ChatTurn], *, answer_next: bool, where: str) -> None:
+    def check(self, turns: Sequence[ChatMessage], *, answer_next: bool, where: str) -> None:
         """Raise a RecordError if the chat template changes a content: leaves a part of it out, or escapes letters."""
         roles = [turn.role for turn in turns]
         pieces = self.around(roles, answer_next=answer_next)
@@ -111,16 +111,16 @@ class Conversations:
         """Raise a RecordError if the turns cannot be read, or the chat template would change them or the answer."""
         if not self._is_read:
             return
-        turns: list[ChatTurn] = [*read_turns(record[CONVERSATION_FIELD], where=where)]
-        turns += [] if target is None else [ChatTurn(ASSISTANT, target.strip())]
+        turns: list[ChatMessage] = [*read_messages(record[CONVERSATION_FIELD], where=where)]
+        turns += [] if target is None else [ChatMessage(ASSISTANT, target.strip())]
         self._markup.check(turns, answer_next=target is None, where=where)
 
     def left_out(self, record: Record, limit: int) -> int:
         """Return how many turns are left out for want of room."""
         return len(self._turns(record)) - len(self._turns(record, limit)) if self._is_read else 0
 
-    def _turns(self, record: Record, limit: int | None = None) -> Turns:
-        turns = read_turns(record[CONVERSATION_FIELD])
+    def _turns(self, record: Record, limit: int | None = None) -> Messages:
+        turns = read_messages(record[CONVERSATION_FIELD])
         return turns if limit is None else newest(turns, limit)
 
 
@@ -226,7 +226,7 @@ def own_end(template: Template, tokenizer: Tokenizer) -> tuple[MarkedText, str]:
 
 def _check_plain(markup: ChatMarkup, roles: Sequence[str]) -> None:
     """Raise a BackboneError if the chat template changes letters that it has no use for."""
-    turns = [ChatTurn(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
+    turns = [ChatMessage(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
     try:
         markup.check(turns, answer_next=False, where="")
     except RecordError as error:

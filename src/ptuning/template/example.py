@@ -22,8 +22,8 @@ class Example:
         own_tokens: Number of ``target_ids`` without the stop token.
         shortened: Whether a field was truncated to fit.
         encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
-        known: Whether the tokenizer knows the target (:func:`~ptuning.template.known.is_known`); a target without any
-            tokens stands there as one.
+        known: Whether the tokenizer knows the target (:func:`~ptuning.template.ambiguity.is_known`); one without any
+            tokens is replaced by an unknown token.
         begun: Number of tokens and slots in front of ``token_ids`` of which the prompt brings keys and values: its
             block of deep slots, and what the tokenizer puts in front of a text.
         unread: Which of these, counted from the row's beginning, this row does not read.

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 from ptuning.errors import ConfigError, LabelWordError, RecordError, closest, shown
 from ptuning.files import Json
 from ptuning.records import TARGET_FIELD, Record, Records, check_text
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 
 # The score of a text of several tokens: its total log-probability, or the mean over its tokens.
 Normalise = Literal["sum", "mean"]
@@ -142,7 +142,7 @@ class LabelWords:
             f'count it as another (--merge "{label}={right[0]}")'
         )
 
-    def examples(self, bound: BoundTemplate, record: Record) -> list[Example]:
+    def examples(self, bound: TokenizedTemplate, record: Record) -> list[Example]:
         """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""
         return bound.answers([record], [[word for _, word in self.flat]])[0]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
-from ptuning.template.turns import ChatTurn
+from ptuning.template.messages import ChatMessage
 
 Ids = tuple[int, ...]
 
@@ -89,7 +89,7 @@ class Tokenizer(Protocol):
         """Return the token ids of each text; special tokens in its markup are special, others plain text."""
         ...
 
-    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
+    def render_chat(self, turns: Sequence[ChatMessage], *, answer_next: bool) -> str:
         """Return a conversation as the model's chat template writes it, perhaps with the beginning of an answer. Raises
         a BackboneError without a chat template, or if that refuses the turns.
         """

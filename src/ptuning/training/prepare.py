@@ -27,8 +27,8 @@ from ptuning.metrics.generation import TEXT_METRICS, check_metrics
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.examples import example_lines, manual_of, with_deep_examples
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
 from ptuning.template.segments import FILLS_MASKS
@@ -57,7 +57,7 @@ class Prepared:
     """
 
     template: Template
-    bound: BoundTemplate
+    bound: TokenizedTemplate
     backbone: Backbone
     config: TrainConfig
     answers: AnswerSpace
@@ -115,8 +115,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
             own = question_items(bound, dev, answers, with_stop=config.learn_to_stop, cut=True)
             parts["dev"], items["dev"] = dev, own
-    learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.can_be_hit]
-    if not (learned and any(item.can_be_hit for item in items["dev"])):
+    learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.distinguishable]
+    if not (learned and any(item.distinguishable for item in items["dev"])):
         raise RecordError(
             f"the tokenizer knows no target of {parts['dev' if learned else 'train'].name}; give more records, or take "
             "another backbone (--backbone)"
@@ -124,7 +124,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if parts["train"].has_choices:
         items["train"] = items_of(answers.to_learn(Questions(learned, name=parts["train"].name), seed=config.seed))
     else:
-        items["train"] = [item for item in items["train"] if item.can_be_hit]
+        items["train"] = [item for item in items["train"] if item.distinguishable]
     if not answers.is_closed and backbone.kind not in FILLS_MASKS:
         items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
@@ -157,7 +157,7 @@ class Shown:
     records: Sequence[Record]
     lines: Sequence[str]
 
-    def check_length(self, bound: BoundTemplate) -> None:
+    def check_length(self, bound: TokenizedTemplate) -> None:
         """Raise a ConfigError if the examples leave a row less than half of what it may take."""
         tokens = sum(map(len, bound.slots_of_lines(self.piece, self.lines)))
         room = bound.max_length // 2
@@ -170,7 +170,7 @@ class Shown:
                 f"row's {bound.max_length:,} (max_length, or what the model reads) is for them; {fewer}"
             )
 
-    def leave_out(self, items: Sequence[Item], questions: Questions, bound: BoundTemplate) -> list[Item]:
+    def leave_out(self, items: Sequence[Item], questions: Questions, bound: TokenizedTemplate) -> list[Item]:
         """Return items of which those of a record that is among the examples do not read it there."""
         own = {tuple(sorted(one.items())): at for at, one in enumerate(self.records)}
         slots = bound.slots_of_lines(self.piece, self.lines)
@@ -203,12 +203,12 @@ def _examples(
             f"take fewer (--set examples={max(1, len(plain))}), or more records"
         )
     drawn = random.Random(f"examples {config.seed}").sample(plain, config.examples)
-    spoken = [answers.spoken(record) for record in drawn]
+    spoken = [answers.verbalized(record) for record in drawn]
     lines = example_lines(manual_of(template), spoken, kind=backbone.kind)
     return Shown(with_deep_examples(template, lines), template.examples, drawn, lines)
 
 
-def _tokens_of(train: Questions, bound: BoundTemplate, *, seed: int) -> Iterator[int]:
+def _tokens_of(train: Questions, bound: TokenizedTemplate, *, seed: int) -> Iterator[int]:
     """Yield tokens of the training records in a drawn order: what deep slots without words start at."""
     texts = [" ".join(record[name] for name in bound.template.fields if name in record) for record in train.records]
     ids = [token for text in bound.tokenizer.encode(texts[:COUNTED]) for token in text] or [0]
@@ -289,7 +289,7 @@ def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbo
     first slot on if what stands in front is worth keeping, as :meth:`PrefixCache.pays` says.
     """
     seen, _ = template.without_tail()
-    bound = BoundTemplate(seen, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)
+    bound = TokenizedTemplate(seen, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)
     filled = bound.contexts(records)
     every, kept = sum(len(one.token_ids) for one in filled), sum(len(cacheable_ids(one)) for one in filled)
     return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
@@ -307,10 +307,10 @@ def _trainable(template: Template, config: TrainConfig, backbone: Backbone) -> T
     return template
 
 
-def _bound(template: Template, train: Questions, backbone: Backbone, config: TrainConfig) -> BoundTemplate:
+def _bound(template: Template, train: Questions, backbone: Backbone, config: TrainConfig) -> TokenizedTemplate:
     """Bind the template to the backbone, and check that the model sees its slots."""
     multiline = any("\n" in record[TARGET_FIELD] for record in train.records)
-    bound = BoundTemplate(
+    bound = TokenizedTemplate(
         template,
         tokenizer=backbone.tokenizer,
         kind=backbone.kind,

@@ -26,8 +26,8 @@ from ptuning.engine.passes import runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.training.encoders.encoder import make_encoders
 from ptuning.training.encoders.together import StackedEncoders, adamw_step, stacked_where_it_helps, works_together
 from ptuning.training.optimizer import make_optimizer, overflows, to_train
@@ -69,7 +69,12 @@ class Learner:
     """
 
     def __init__(
-        self, frozen: Backbone, bound: BoundTemplate, *, config: TrainConfig, prefix_cache: PrefixCache | None = None
+        self,
+        frozen: Backbone,
+        bound: TokenizedTemplate,
+        *,
+        config: TrainConfig,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         if frozen.model.training or any(weight.requires_grad for weight in frozen.model.parameters()):
             raise TrainingError(f"the backbone '{frozen.name}' is not frozen; call its freeze() first")

@@ -24,7 +24,7 @@ from ptuning.engine.processes import wait_for_all
 from ptuning.errors import PromptError, TrainingError, in_a_line
 from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.training.checkpoint import KeptWeights, RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.training.step import Learner, Step, Taken, take_steps
 
@@ -63,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         backbone: Backbone,
-        bound: BoundTemplate,
+        bound: TokenizedTemplate,
         *,
         config: TrainConfig,
         checkpoint: Path | None = None,

@@ -15,8 +15,8 @@ from ptuning.data.reading import RawRows, raw_rows
 from ptuning.data.splits import split_questions
 from ptuning.errors import ConfigError, RecordError
 from ptuning.records import references_of
-from ptuning.template.turns import ChatTurn as Turn
-from ptuning.template.turns import read_turns
+from ptuning.template.messages import ChatMessage as Turn
+from ptuning.template.messages import read_messages
 
 Q1, A1, Q2, A2 = "Is it far?", "No.", "And Peru?", "Yes, it is."
 OPENAI = [("user", Q1), ("assistant", A1), ("user", Q2), ("assistant", A2)]
@@ -53,7 +53,7 @@ def rows_of(*rows: object) -> RawRows:
 
 
 def turns(record: Mapping[str, str]) -> list[str]:
-    return [turn.content for turn in read_turns(record["messages"])]
+    return [turn.content for turn in read_messages(record["messages"])]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -234,4 +234,4 @@ def test_a_conversation_is_the_same_after_it_was_read() -> None:
     (first, second) = read_conversations(rows_of({"messages": MESSAGES})).questions
     again = read_conversations(rows_of(dict(second.record))).questions
     assert [one.record for one in again] == [second.record]
-    assert read_turns(first.record["messages"]) == (Turn("user", Q1),)
+    assert read_messages(first.record["messages"]) == (Turn("user", Q1),)

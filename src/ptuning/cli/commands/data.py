@@ -97,13 +97,13 @@ def show_template(
     asked = shown_conversation(rows) if rows is not None and is_chat else None
     tokenizer, kind = load_tokenizer(backbone)
     notice_line_breaks(pattern, tokenizer)
-    from ptuning.template.fill import BoundTemplate
+    from ptuning.template.encode import TokenizedTemplate
 
     parsed = chat_template_of(tokenizer, asked, system) if parsed is None else parsed
     row: dict[str, str] = {name: name for name in parsed.fields}
     if rows is not None:
         row = dict(as_read(rows)[0] if asked is None else asked[-1].record)
-    bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)
+    bound = TokenizedTemplate(parsed, tokenizer=tokenizer, kind=kind)
     positions = bound.describe(row)
     _show_positions(positions, tokenizer, free="start drawn" if parsed.has_deep else "random start", as_json=as_json)
     if parsed.examples is not None:

@@ -94,7 +94,7 @@ def predict(
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
-    from ptuning.template.known import check_fields, warn
+    from ptuning.template.ambiguity import check_fields, warn
 
     model = PromptModel(loaded, force=force)
     if given is not None:
@@ -214,9 +214,9 @@ def _converse(prompt: Prompt, reply: Show) -> None:
     was said before is read as well.
     """
     from ptuning.prompt.asked import ToAnswer, typed_fields
-    from ptuning.template.turns import ASSISTANT, ChatTurn, read_turns
+    from ptuning.template.messages import ASSISTANT, ChatMessage, read_messages
 
-    fields, said = typed_fields(prompt), list[ChatTurn]()
+    fields, said = typed_fields(prompt), list[ChatMessage]()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called again
     terminal.say("an empty line or Ctrl-D ends")
@@ -226,8 +226,8 @@ def _converse(prompt: Prompt, reply: Show) -> None:
                 asked = ToAnswer.typed(prompt, texts, where="the text", before=said)
                 answer = reply(asked)
                 if prompt.template.has_conversation and answer:
-                    turns = read_turns(asked.questions[0].record[CONVERSATION_FIELD])
-                    said = [*turns, ChatTurn(ASSISTANT, answer)]
+                    turns = read_messages(asked.questions[0].record[CONVERSATION_FIELD])
+                    said = [*turns, ChatMessage(ASSISTANT, answer)]
             except PTuningError as error:
                 terminal.complain(str(error))
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from ptuning.data.reading import RawRows, Row, load_rows, renamed
 from ptuning.errors import ConfigError, RecordError, cut
 from ptuning.records import TARGET_FIELD, clean
 from ptuning.template.language import CONVERSATION_FIELD
-from ptuning.template.turns import ASSISTANT, SYSTEM, USER, ChatTurn, write_turns
+from ptuning.template.messages import ASSISTANT, SYSTEM, USER, ChatMessage, write_messages
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,17 @@ def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool
     record = {name: text for name, text in clean(row, where=where).items() if name not in own}
     if system is not None:
         record[SYSTEM] = system
-    turns = [ChatTurn(part.role, part.content) for part in said]
+    turns = [ChatMessage(part.role, part.content) for part in said]
     if ask:
         last = max(at for at, part in enumerate(said) if part.role == USER)
-        record[CONVERSATION_FIELD] = write_turns(turns[: last + 1])
+        record[CONVERSATION_FIELD] = write_messages(turns[: last + 1])
         if last + 1 < len(said) and said[-1].content:
             record[TARGET_FIELD] = said[-1].content
         yield Question(record, where=where)
         return
     for at, part in enumerate(said):
         if part.role == ASSISTANT and part.learned:
-            told = {CONVERSATION_FIELD: write_turns(turns[:at]), TARGET_FIELD: part.content}
+            told = {CONVERSATION_FIELD: write_messages(turns[:at]), TARGET_FIELD: part.content}
             yield Question({**record, **told}, group=where, where=where)
 
 

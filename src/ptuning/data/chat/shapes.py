@@ -15,7 +15,7 @@ from ptuning.errors import RecordError, shown
 from ptuning.files import parse_json
 from ptuning.records import TARGET_FIELD, References, check_text, scalar
 from ptuning.template.language import CONVERSATION_FIELD
-from ptuning.template.turns import ASSISTANT, SYSTEM, USER, read_turns
+from ptuning.template.messages import ASSISTANT, SYSTEM, USER, read_messages
 
 RawRow = Mapping[str, object]
 # What roles are called.
@@ -89,7 +89,9 @@ def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Ite
         value = row.get(key)
         if isinstance(value, str) and (TARGET_FIELD in row or _list_of(value) is None):
             # A text alone, or a record as this package has it: turns in front of one answer.
-            yield from (ChatPart(turn.role, turn.content, key, learned=False) for turn in read_turns(value, where=key))
+            yield from (
+                ChatPart(turn.role, turn.content, key, learned=False) for turn in read_messages(value, where=key)
+            )
             if row.get(TARGET_FIELD):
                 yield ChatPart(ASSISTANT, _answer(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
             return

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 
 # What a tokenizer's decoder shows for the bytes of a letter that is not whole yet.
 UNFINISHED = "\ufffd"
@@ -22,7 +22,7 @@ MORE_TOKENS = 8
 class OpenRow:
     """A row to be answered by writing: the prompt's template, the record, and the most tokens of the answer."""
 
-    bound: BoundTemplate
+    bound: TokenizedTemplate
     record: Record
     max_tokens: int
 
@@ -147,7 +147,7 @@ class Growing:
         return new
 
 
-def alike(rows: Sequence[OpenRow]) -> Iterator[tuple[tuple[BoundTemplate, int], list[int]]]:
+def alike(rows: Sequence[OpenRow]) -> Iterator[tuple[tuple[TokenizedTemplate, int], list[int]]]:
     """Group rows by prompt and by the most tokens of their answers; yield both with the indices of the rows."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(rows):

@@ -21,8 +21,8 @@ from ptuning.engine.writing.masks import fill_masks
 from ptuning.engine.writing.writer import Line, Writer
 from ptuning.errors import ConfigError, TemplateError, in_a_line
 from ptuning.records import Record
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _say_shortened(template: str, most: int, room: int) -> None:
     logger.warning(text, most, room, in_a_line(template))
 
 
-def _with_room(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
+def _with_room(bound: TokenizedTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
     try:
         return bound.contexts(records, target_tokens=room)
     except TemplateError:

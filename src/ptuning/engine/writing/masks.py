@@ -13,8 +13,8 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.writing.ending import OpenRow, Written, alike
 from ptuning.errors import TemplateError
 from ptuning.records import Record
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 
 
 def fill_masks(
@@ -45,11 +45,11 @@ def fill_masks(
     return [[written for _, written in sorted(found, key=lambda entry: -entry[0])[:top_k]] for found in every]
 
 
-def _contexts(bound: BoundTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
+def _contexts(bound: TokenizedTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
     return dict(zip(records, bound.contexts(list(records.values()), target_tokens=count), strict=True))
 
 
-def _with_masks(bound: BoundTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
+def _with_masks(bound: TokenizedTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
     try:
         return _contexts(bound, records, count)
     except TemplateError:

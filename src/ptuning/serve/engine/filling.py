@@ -18,8 +18,8 @@ from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
+from ptuning.template.encode import TokenizedTemplate, TooLongError
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.language import Field
 from ptuning.template.segments import Ids
 
@@ -35,7 +35,7 @@ PROBES = ("a", "Zebra")
 class Ready:
     """A prompt that is ready for rows: bound to the tokenizer, with what it has learned on the device."""
 
-    bound: BoundTemplate
+    bound: TokenizedTemplate
     learned: Learned
     digest: bytes
     constant: int
@@ -226,7 +226,7 @@ def pass_row(example: Example, ready: Ready) -> PassRow:
     return PassRow(example, ready.learned, ready.digest, ready.constant)
 
 
-def _front(bound: BoundTemplate) -> Example | None:
+def _front(bound: TokenizedTemplate) -> Example | None:
     """Return what stands in front of a template's one field, if the field's own tokens follow and nothing else up to
     the target; else None.
     """
@@ -243,7 +243,7 @@ def _front(bound: BoundTemplate) -> Example | None:
     return found[0] if found[0] == found[1] else None
 
 
-def _constant(bound: BoundTemplate) -> int:
+def _constant(bound: TokenizedTemplate) -> int:
     """Return with how many tokens and slots rows of a template begin, whatever their record."""
     try:
         one, other = (bound.contexts([dict.fromkeys(bound.template.fields, text)])[0] for text in PROBES)

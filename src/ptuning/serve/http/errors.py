@@ -24,7 +24,7 @@ from ptuning.errors import (
 )
 from ptuning.serve.engine.job import CancelledError, QueueFullError, StoppedError
 from ptuning.serve.registry import ConflictError, RefusedNameError, UnknownPromptError
-from ptuning.template.fill import TooLongError
+from ptuning.template.encode import TooLongError
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ptuning.backbone.randomness import own_draws
 from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart, TrainConfig
 from ptuning.engine.deep import deep_start
 from ptuning.engine.learned import Deep
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.encode import TokenizedTemplate
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
@@ -227,7 +227,7 @@ class DeepEncoder(nn.Module):
 
 
 def make_encoders(
-    frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
+    frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> tuple[PromptEncoder, DeepEncoder | None]:
     """Return what makes the vectors of a template's slots on a backbone, and, if there are any, those of deep slots;
     ``generator`` returns that of a purpose.
@@ -236,7 +236,7 @@ def make_encoders(
 
 
 def _make_encoder(
-    frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
+    frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> PromptEncoder:
     known = frozen.table_statistics
     start = start_vectors(
@@ -259,7 +259,7 @@ def _make_encoder(
 
 
 def _make_deep_encoder(
-    frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
+    frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> DeepEncoder | None:
     found = deep_start(frozen, bound, generator=generator("deep slots"), random=config.deep_start == "random")
     if found is None:

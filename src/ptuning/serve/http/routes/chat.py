@@ -24,7 +24,7 @@ from ptuning.serve.http.schemas import ChatRequest, Message
 from ptuning.serve.http.service import ServedPrompt
 from ptuning.serve.http.shapes import Shape, Told, chat_log_probs, text_of, tokens_of
 from ptuning.serve.http.streams import streamed
-from ptuning.template.turns import SYSTEM
+from ptuning.template.messages import SYSTEM
 
 router = APIRouter()
 

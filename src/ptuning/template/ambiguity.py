@@ -13,7 +13,7 @@ from ptuning.template.segments import Ids, Tokenizer
 logger = logging.getLogger(__name__)
 
 # Other answers that are written with the same tokens; None for an answer that the tokenizer does not know.
-Rivals = Collection[Hashable] | None
+Collisions = Collection[Hashable] | None
 
 # With so many unknown targets it is not a few rare words: the vocabulary does not fit the data.
 MISFIT_SHARE = 0.8
@@ -36,14 +36,14 @@ def is_known(ids: Ids, unknown_id: int | None) -> bool:
     return bool(ids) and (unknown_id is None or unknown_id not in ids)
 
 
-def rivals_of(keys: Sequence[Hashable | None], owners: Sequence[int]) -> list[frozenset[int] | None]:
-    """Return the rivals of each answer: the others of which a text has the same key, which is all that is scored.
+def collisions_of(keys: Sequence[Hashable | None], owners: Sequence[int]) -> list[frozenset[int] | None]:
+    """Return the collisions of each answer: the others of which a text has the same key, which is all that is scored.
 
     Args:
         keys: What is scored of each text; None for a text that the tokenizer does not know.
         owners: The answer that each text belongs to, from 0.
 
-    >>> rivals_of(["great", "bad", "bad", None], [0, 1, 2, 3])
+    >>> collisions_of(["great", "bad", "bad", None], [0, 1, 2, 3])
     [frozenset(), frozenset({2}), frozenset({1}), None]
     """
     sharing: dict[Hashable, set[int]] = {}
@@ -59,9 +59,9 @@ def rivals_of(keys: Sequence[Hashable | None], owners: Sequence[int]) -> list[fr
     ]
 
 
-def can_hit(rivals: Rivals, right: Collection[Hashable]) -> bool:
+def is_distinguishable(collisions: Collisions, right: Collection[Hashable]) -> bool:
     """Whether an answer that is right can be a hit: the tokenizer knows it, and tells it from every wrong one."""
-    return rivals is not None and all(one in right for one in rivals)
+    return collisions is not None and all(one in right for one in collisions)
 
 
 def check_targets(known: Sequence[bool], records: Records, *, is_choice: bool = False) -> list[str]:
@@ -89,9 +89,9 @@ def check_targets(known: Sequence[bool], records: Records, *, is_choice: bool = 
     return [f"{text}, and training leaves them out. {REMEDY}"]
 
 
-def check_candidates(rivals: Sequence[Rivals], texts: Sequence[str]) -> list[str]:
+def check_candidates(collisions: Sequence[Collisions], texts: Sequence[str]) -> list[str]:
     """Return a warning about candidates that the tokenizer does not know or tell apart, if there are any."""
-    doubtful = [text for text, one in zip(texts, rivals, strict=True) if one is None or one]
+    doubtful = [text for text, one in zip(texts, collisions, strict=True) if one is None or one]
     if not doubtful:
         return []
     return [

@@ -33,7 +33,7 @@ def has_words_apart(tokens: Collection[str]) -> bool:
     return re.search(r"\S +\S", "\n".join(tokens).translate(marks)) is None  # all at once: it is asked at each start
 
 
-def encode_alike(encode: Encode, texts: Sequence[str]) -> list[list[int]]:
+def encode_shared_prefix(encode: Encode, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of texts as ``encode`` gives them, for a vocabulary that :func:`has_words_apart`.
 
     Of texts that begin alike, the beginning is tokenised once, up to the last space between two words; and each rest

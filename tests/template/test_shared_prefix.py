@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.backbone.tokenizer import TextTokenizer
-from ptuning.template.alike import encode_alike, has_words_apart
+from ptuning.template.shared_prefix import encode_shared_prefix, has_words_apart
 from tests.conftest import CONTEXT, CORPUS
 from tests.families import tokenizer_of, unigram
 
@@ -55,7 +55,7 @@ def test_a_shared_beginning_is_tokenised_once(name: str) -> None:
     texts = [*texts, "short", texts[0], "another text, as long as the others are, which begins in a way of its own"]
     assert has_words_apart(tokenizer_of(name).get_vocab())
     encode = Mock(side_effect=tokenizer._encode)
-    assert encode_alike(encode, texts) == plain(tokenizer, texts)
+    assert encode_shared_prefix(encode, texts) == plain(tokenizer, texts)
     read = sum(len(text) for call in encode.call_args_list for text in call.args[0])
     assert read < 4 * len(LONG) + 40 * len(texts) < len(LONG) * len(texts) / 5
 
@@ -81,11 +81,11 @@ def test_texts_whose_parts_have_other_ids_are_tokenised_whole() -> None:
     def by_end(listed: Sequence[str]) -> list[list[int]]:
         return [[len(text), *map(ord, text)] for text in listed]
 
-    assert encode_alike(by_end, texts) == by_end(texts)
+    assert encode_shared_prefix(by_end, texts) == by_end(texts)
 
 
 def test_texts_without_words_are_tokenised_whole() -> None:
     texts = ["中" * 100 + end for end in ENDS]
     encode = Mock(side_effect=lambda listed: [[*map(ord, text)] for text in listed])
-    assert encode_alike(encode, texts) == [[*map(ord, text)] for text in texts]
+    assert encode_shared_prefix(encode, texts) == [[*map(ord, text)] for text in texts]
     encode.assert_called_once_with(texts)

@@ -12,9 +12,9 @@ from operator import itemgetter
 
 from ptuning.errors import RecordError, TemplateError, in_a_line
 from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
+from ptuning.template.ambiguity import is_known
 from ptuning.template.chat import Conversations, own_end
 from ptuning.template.example import SLOT_PLACEHOLDER, Example
-from ptuning.template.known import is_known
 from ptuning.template.language import Conversation, Field, Literal, Slots, Target, Template, TextSlots, Turn
 from ptuning.template.segments import (
     ANCHOR_WORD,
@@ -64,7 +64,7 @@ _Piece = MarkedText | Field | Target | _Fixed
 _Part = TextRun | _Fixed
 
 
-class BoundTemplate:
+class TokenizedTemplate:
     """One backbone's template. Text behind the target is dropped (with a notice) for a causal model or after ``[>]``.
 
     A special token behind a causal model's target is what answers end with, such as ``<|im_end|>``. Without one, unless
@@ -137,7 +137,7 @@ class BoundTemplate:
         """Number of slots P of a row: those with a vector in place of an embedding."""
         return len(self.layout.slot_start_ids)
 
-    def starting(self, tokens: Sequence[int | None]) -> BoundTemplate:
+    def starting(self, tokens: Sequence[int | None]) -> TokenizedTemplate:
         """Return the same with slots that start at other tokens, one for each slot of the whole template."""
         other, left = copy.copy(self), iter(tokens)
         other._pieces = tuple(

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import RecordError, TemplateError
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Field, Literal, Piece, Slots, Target, Template, TextSlots
 from ptuning.template.segments import Kind
 from tests.families import tokenizer_of
@@ -47,12 +47,12 @@ class Family:
     def kind(self) -> Kind:
         return "masked" if self.name in ("bert", "roberta") else "causal"
 
-    def bind(self, pattern: str | Template, *, max_tokens: int = 10_000, multiline: bool = False) -> BoundTemplate:
+    def bind(self, pattern: str | Template, *, max_tokens: int = 10_000, multiline: bool = False) -> TokenizedTemplate:
         """Bind a template to a model that reads ``max_tokens``."""
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.max_tokens = max_tokens
         template = Template.parse(pattern) if isinstance(pattern, str) else pattern
-        return BoundTemplate(template, tokenizer=tokenizer, kind=self.kind, multiline=multiline)
+        return TokenizedTemplate(template, tokenizer=tokenizer, kind=self.kind, multiline=multiline)
 
     def whole(self, text: str) -> list[int]:
         """What the tokenizer itself makes of a sentence, special tokens included."""
@@ -354,7 +354,7 @@ def test_a_causal_model_does_not_and_says_so_once(
 def test_a_decoder_does_not_either(families: dict[str, Family], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="ptuning"):
         template = Template.parse("{dropped word} [>] [Y] and on")
-        BoundTemplate(template, tokenizer=families["gpt2"].tokenizer, kind="encoder-decoder")
+        TokenizedTemplate(template, tokenizer=families["gpt2"].tokenizer, kind="encoder-decoder")
     assert [record.message for record in caplog.records] == [
         "a decoder cannot see what comes after [Y]; dropped 'and on' from '{dropped word} [>] [Y]'"
     ]
@@ -628,7 +628,7 @@ def test_a_causal_model_needs_something_in_front_of_the_target(families: dict[st
 
 def test_a_masked_model_needs_a_mask_token(families: dict[str, Family]) -> None:
     with pytest.raises(TemplateError, match="has no mask token"):
-        BoundTemplate(Template.parse("[Y]"), tokenizer=families["gpt2"].tokenizer, kind="masked")
+        TokenizedTemplate(Template.parse("[Y]"), tokenizer=families["gpt2"].tokenizer, kind="masked")
 
 
 @pytest.mark.parametrize("multiline", [False, True])
@@ -730,8 +730,8 @@ class Sides:
         self.raw = tokenizer_of(kind)
         self.tokenizer = TextTokenizer(self.raw, max_tokens=max_tokens, decoder_ids=decoder_ids)
 
-    def bind(self, pattern: str) -> BoundTemplate:
-        return BoundTemplate(Template.parse(pattern), tokenizer=self.tokenizer, kind="encoder-decoder")
+    def bind(self, pattern: str) -> TokenizedTemplate:
+        return TokenizedTemplate(Template.parse(pattern), tokenizer=self.tokenizer, kind="encoder-decoder")
 
     def rows(self, example: Example) -> tuple[str, str, str]:
         """What the encoder reads, what the decoder reads, and what is scored; slots as P, tokens joined."""

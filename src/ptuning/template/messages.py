@@ -12,33 +12,33 @@ from ptuning.files import parse_json
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
 
-class ChatTurn(NamedTuple):
+class ChatMessage(NamedTuple):
     """What the user or the assistant said."""
 
     role: str
     content: str
 
 
-Turns = tuple[ChatTurn, ...]
+Messages = tuple[ChatMessage, ...]
 
 
-def write_turns(turns: Sequence[ChatTurn]) -> str:
-    """Return the text of turns, from which :func:`read_turns` reads the same."""
+def write_messages(turns: Sequence[ChatMessage]) -> str:
+    """Return the text of turns, from which :func:`read_messages` reads the same."""
     return json.dumps([turn._asdict() for turn in turns], ensure_ascii=False)
 
 
-def read_turns(text: str, *, where: str = "the record") -> Turns:
+def read_messages(text: str, *, where: str = "the record") -> Messages:
     """Return the turns that a text holds; a text that is no list of turns is itself what the user said.
 
     Contents lose the white space around them. A RecordError if turns do not alternate or are not the user's in the end.
 
-    >>> read_turns("Is it far?")
-    (ChatTurn(role='user', content='Is it far?'),)
+    >>> read_messages("Is it far?")
+    (ChatMessage(role='user', content='Is it far?'),)
     """
     found = _listed(text) if text.lstrip().startswith("[") else None
     if found is None:
-        return (ChatTurn(USER, text.strip()),)
-    turns = tuple(ChatTurn(role, content.strip()) for role, content in found)
+        return (ChatMessage(USER, text.strip()),)
+    turns = tuple(ChatMessage(role, content.strip()) for role, content in found)
     for number, turn in enumerate(turns):
         expected = ASSISTANT if number % 2 else USER
         if turn.role != expected:
@@ -48,7 +48,7 @@ def read_turns(text: str, *, where: str = "the record") -> Turns:
     return turns
 
 
-def newest(turns: Turns, characters: int) -> Turns:
+def newest(turns: Messages, characters: int) -> Messages:
     """Return the newest turns that have at most so many characters together: of the oldest, a question goes with its
     answer. The last question alone is cut.
     """
@@ -57,7 +57,7 @@ def newest(turns: Turns, characters: int) -> Turns:
         left -= len(turns[first].content) + len(turns[first + 1].content)
         first += 2
     kept = turns[first:]
-    return kept if len(kept) > 1 else (ChatTurn(kept[0].role, kept[0].content[:characters]),)
+    return kept if len(kept) > 1 else (ChatMessage(kept[0].role, kept[0].content[:characters]),)
 
 
 def _listed(text: str) -> list[tuple[str, str]] | None:
@@ -68,7 +68,7 @@ def _listed(text: str) -> list[tuple[str, str]] | None:
         return None
     found: list[tuple[str, str]] = []
     for turn in listed if isinstance(listed, list) else ():
-        role, content = (turn.get(name) for name in ChatTurn._fields) if isinstance(turn, dict) else (None, None)
+        role, content = (turn.get(name) for name in ChatMessage._fields) if isinstance(turn, dict) else (None, None)
         if not (isinstance(role, str) and isinstance(content, str)):
             return None
         found.append((role, content))

@@ -9,8 +9,16 @@ import pytest
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import RecordError
 from ptuning.records import Records
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.known import can_hit, check_candidates, check_fields, check_targets, is_known, rivals_of, warn
+from ptuning.template.ambiguity import (
+    check_candidates,
+    check_fields,
+    check_targets,
+    collisions_of,
+    is_distinguishable,
+    is_known,
+    warn,
+)
+from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.language import Template
 from ptuning.template.segments import Kind
 from tests.families import tokenizer_of
@@ -19,9 +27,9 @@ EMOJI, RARE = "\U0001f642", "東京"
 KINDS: dict[str, Kind] = {"bert": "masked", "t5": "encoder-decoder", "xlnet": "permuted", "gpt2": "causal"}
 
 
-def bind(name: str, pattern: str = "{x} is [Y]") -> BoundTemplate:
+def bind(name: str, pattern: str = "{x} is [Y]") -> TokenizedTemplate:
     tokenizer = TextTokenizer(tokenizer_of(name), max_tokens=64)
-    return BoundTemplate(Template.parse(pattern), tokenizer=tokenizer, kind=KINDS[name])
+    return TokenizedTemplate(Template.parse(pattern), tokenizer=tokenizer, kind=KINDS[name])
 
 
 def records(*targets: str) -> Records:
@@ -54,16 +62,16 @@ def test_known_by_ids() -> None:
 
 
 def test_rivals_are_other_answers_with_the_same_tokens() -> None:
-    """Labels have several words, of which two may be the same tokens; one of them is enough for rivals."""
-    assert rivals_of(["a", "b", "b", "c", "c"], [0, 0, 1, 2, 2]) == [frozenset({1}), frozenset({0}), frozenset()]
-    assert rivals_of([None, "a", None], [0, 1, 1]) == [None, frozenset()]
+    """Labels have several words, of which two may be the same tokens; one of them is enough for collisions."""
+    assert collisions_of(["a", "b", "b", "c", "c"], [0, 0, 1, 2, 2]) == [frozenset({1}), frozenset({0}), frozenset()]
+    assert collisions_of([None, "a", None], [0, 1, 1]) == [None, frozenset()]
 
 
 def test_only_what_is_told_from_every_wrong_answer_can_be_a_hit() -> None:
-    assert can_hit((), {"yes"})
-    assert can_hit(("Yes",), {"yes", "Yes"})
-    assert not can_hit(("Yes",), {"yes"})
-    assert not can_hit(None, {"yes"})
+    assert is_distinguishable((), {"yes"})
+    assert is_distinguishable(("Yes",), {"yes", "Yes"})
+    assert not is_distinguishable(("Yes",), {"yes"})
+    assert not is_distinguishable(None, {"yes"})
 
 
 def test_a_few_unknown_targets_are_counted_with_an_example_and_the_remedy() -> None:
