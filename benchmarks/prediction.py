@@ -33,8 +33,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 SUBJECT_FIRST = "[X] is a country. Its capital is [Y]"

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from ptuning.engine.objective import Item
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
-    from ptuning.template.encode import TokenizedTemplate
-    from ptuning.template.example import Example
+    from ptuning.template.encode import Example, TokenizedTemplate
 
 # A busy machine is no failure, and neither is an example that only one run happens to draw.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

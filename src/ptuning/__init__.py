@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import GenerationSettings as GenerationSettings
     from ptuning.config import TrainConfig as TrainConfig
-    from ptuning.data.chat.conversations import load_conversations as load_conversations
+    from ptuning.data.conversations import load_conversations as load_conversations
     from ptuning.data.reading import load_records as load_records
     from ptuning.data.task_files import load_task as load_task
     from ptuning.errors import PTuningError as PTuningError
@@ -52,7 +52,7 @@ _HOMES = {
     "estimate": "training.estimate",
     "lama": "experiment.lama",
     "load_backbone": "backbone.loading",
-    "load_conversations": "data.chat.conversations",
+    "load_conversations": "data.conversations",
     "load_records": "data.reading",
     "load_task": "data.task_files",
     "methods": "method.registry",

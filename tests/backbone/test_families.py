@@ -32,7 +32,7 @@ from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import FILLS_MASKS
 from ptuning.training.trainer import Trainer
 from tests import families

@@ -29,7 +29,7 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record, as_records
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, learned
 from tests.families import GROUPED, SMALL, tokenizer_of

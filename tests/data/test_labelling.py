@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.data.labelling import (
+from ptuning.data.checks import (
     MAX_LABELS,
     Labelled,
     Labels,
@@ -56,16 +56,16 @@ def mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Questions:
 def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions) -> None:
     found = look(mail)
     assert found.words == LabelWords({team: team for team in TEAMS})
-    (counts, twice), doubts = found.findings.facts, found.findings.doubts
+    (counts, twice), warnings = found.report.facts, found.report.warnings
     assert counts == "train: 4 labels in 87 records: account 22, billing 21, shipping 22, technical 22"
     assert twice == "train: mail.csv, line 62 (as mail.csv, line 21) has the same text and label as another"
-    assert doubts == (
+    assert warnings == (
         "train: the field 'message' is empty in 2 rows: mail.csv, lines 13, 58; 2 of 90 rows have no text at all and "
         "are left out",
         "train: 'biling' looks like 'billing' (mail.csv, line 35); left out. Correct it in the file, or count it as "
         "that label: --merge biling=billing",
     )
-    assert found.findings.left_out == (
+    assert found.report.left_out == (
         "mail.csv, line 13: no text",
         "mail.csv, line 58: no text",
         "mail.csv, line 35: 'biling' looks like 'billing'",
@@ -77,9 +77,9 @@ def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions
 
 def test_a_typo_is_never_merged_unless_that_is_asked_for(mail: Questions) -> None:
     found = look(mail, merge=["biling=billing"])
-    assert "billing 22" in found.findings.facts[0]
+    assert "billing 22" in found.report.facts[0]
     assert len(found.parts["train"]) == 88
-    assert not any("biling" in doubt for doubt in found.findings.doubts)
+    assert not any("biling" in doubt for doubt in found.report.warnings)
     with pytest.raises(RecordError, match=r"line 35: 'biling' is not one of the labels .*--merge \"biling=billing\""):
         look(mail, list(TEAMS))
     assert look(mail, ";".join(TEAMS), merge={"biling": "billing"}).words == found.words
@@ -89,12 +89,12 @@ def test_without_labels_few_targets_are_named_with_what_to_type(mail: Questions)
     found = look(mail, None)
     assert found.words is None
     assert len(found.parts["train"]) == 88  # the rows without a text are of no use either way
-    assert found.findings.facts == (
+    assert found.report.facts == (
         "5 distinct targets in 88 records: shipping 22, technical 22, account 22, billing 21, biling 1. If they are "
         'labels to choose among, give --labels auto, or --labels "shipping;technical;account;billing"; without, the '
         "answer is written as text",
     )
-    assert found.findings.doubts[-1] == "'biling' (mail.csv, line 35) looks like 'billing'"
+    assert found.report.warnings[-1] == "'biling' (mail.csv, line 35) looks like 'billing'"
 
 
 def test_strict_makes_an_error_of_every_doubt(mail: Questions) -> None:
@@ -113,13 +113,13 @@ def test_rows_that_nobody_has_labelled_yet_are_left_out() -> None:
                for line, more in ((10, {"y": " "}), (11, {}))]  # fmt: skip
     for labels in ("auto", None):
         found = look(Questions([*rows, *waiting], name="m.csv", fields={"y": "team"}), labels)
-        assert found.findings.doubts == (
+        assert found.report.warnings == (
             "train: 2 of 10 rows have no target, the field 'team': m.csv, lines 10, 11; left out",
         )
-        assert found.findings.left_out == ("m.csv, line 10: no target", "m.csv, line 11: no target")
+        assert found.report.left_out == ("m.csv, line 10: no target", "m.csv, line 11: no target")
         assert list(found.parts["train"]) == list(rows)
     found = look(rows, test=Questions([*rows_of(good=2), waiting[0]], name="t.csv"))
-    assert (len(found.parts["test"]), found.findings.doubts[0][:28]) == (2, "test: 1 of 3 rows has no tar")
+    assert (len(found.parts["test"]), found.report.warnings[0][:28]) == (2, "test: 1 of 3 rows has no tar")
     with pytest.raises(RecordError, match=r"1 of 9 rows has no target"):
         label_rows({"train": Questions([*rows, waiting[0]])}, "auto", fields=FIELDS, strict=True)
     with pytest.raises(RecordError, match=r"no target; the field 'y' is missing or empty.*--field y=NAME"):
@@ -168,7 +168,7 @@ def test_labels_in_another_spelling_are_one_only_when_asked() -> None:
 def test_a_rare_spelling_is_left_out_and_told() -> None:
     found = look(rows_of(billing=9, sales=9, Billing=1))
     assert len(found.parts["train"]) == 18
-    assert "'Billing' looks like 'billing' (m.csv, line 20)" in found.findings.doubts[0]
+    assert "'Billing' looks like 'billing' (m.csv, line 20)" in found.report.warnings[0]
 
 
 def test_merges_are_pairs_or_case() -> None:
@@ -241,10 +241,10 @@ def test_only_rows_without_any_text_are_left_out_and_test_rows_never() -> None:
                       enumerate(["", "x", "z"], start=2)], name="m.csv")  # fmt: skip
     found = label_rows({"train": rows, "test": rows}, fields=("a", "b"))
     assert [len(part) for part in found.parts.values()] == [2, 3]
-    assert found.findings.doubts[1].endswith(
+    assert found.report.warnings[1].endswith(
         "3 rows: m.csv, lines 2, 3, 4; 1 of 3 rows have no text at all and are left out"
     )
-    assert "test: the field 'a' is empty in 1 row: m.csv, line 2" in found.findings.doubts
+    assert "test: the field 'a' is empty in 1 row: m.csv, line 2" in found.report.warnings
     with pytest.raises(RecordError, match=r"the train data \(m.csv\) has no row with text in b"):
         label_rows({"train": rows}, fields=("b",))
     assert label_rows({"train": rows}, fields=()).parts["train"] is rows
@@ -258,8 +258,8 @@ def test_texts_that_are_there_twice() -> None:
 
     train = part(("a", "good"), ("b", "bad"), ("a", "bad"), ("c", "good"), start=2)
     dev = part(("b", "bad"), ("d", "good"), start=12)
-    doubts = label_rows({"train": train, "dev": dev}, ["good", "bad"], fields=FIELDS).findings.doubts
-    assert doubts == (
+    warnings = label_rows({"train": train, "dev": dev}, ["good", "bad"], fields=FIELDS).report.warnings
+    assert warnings == (
         "train: m.csv, line 4 (as m.csv, line 2) has the same text as another, and another label",
         "dev: m.csv, line 12 (as m.csv, line 3) has the text of a row of train, so the scores may be too good",
     )

@@ -10,10 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from ptuning.data.parquet import parquet_rows
-from ptuning.data.questions import Reader
-from ptuning.data.reading import load_records, raw_rows
-from ptuning.data.row_paths import RowPath
+from ptuning.data.questions import Reader, RowPath
+from ptuning.data.reading import load_records, parquet_rows, raw_rows
 from ptuning.errors import RecordError
 
 
@@ -72,7 +70,7 @@ def test_a_small_file_of_many_rows_is_refused_before_they_are_made() -> None:
     text = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), rows), ["the same"])
     data = written(pa.table({"x": text}))
     assert len(data) < 10**6
-    with pytest.raises(RecordError, match=r"^bomb has 60,000,000 rows, which take about 2\d GB of memory; the most"):
+    with pytest.raises(RecordError, match=r"^bomb has 60,000,000 rows"):
         parquet_rows(data, name="bomb")
 
 

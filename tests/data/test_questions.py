@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions
-from ptuning.data.row_paths import RowPath
+from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, RowPath, as_questions
 from ptuning.errors import RecordError
 from ptuning.records import Records
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptuning.data.row_paths import RowPath, unfold
+from ptuning.data.questions import RowPath, unfold
 from ptuning.errors import RecordError, TaskError
 from ptuning.files import Json
 

@@ -15,8 +15,7 @@ from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.engine.batch import Side, collate, cut_by_length, shared_tokens
 from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Template
 
 

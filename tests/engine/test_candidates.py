@@ -13,7 +13,7 @@ from ptuning.engine import candidates as module
 from ptuning.engine.candidates import candidate_log_probs, plain_rows, tree_batch, tree_rows
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from tests.conftest import RECORDS, bound, learned
 
 TEMPLATE = "The capital of [P*3] [X] is [P] [Y]"

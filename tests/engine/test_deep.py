@@ -16,8 +16,7 @@ from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.passes import run_batch, run_pass, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.writing.continuation import Continuation
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Template
 from tests.backbone.test_families import close, every_family, plain
 from tests.conftest import RECORDS

@@ -36,8 +36,7 @@ from ptuning.engine.objective import (
 from ptuning.engine.passes import target_logits
 from ptuning.errors import LabelWordError, RecordError, TemplateError
 from ptuning.records import Record, Records, as_records
-from ptuning.template.encode import TooLongError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TooLongError
 from ptuning.template.labels import LabelWords, Scoring
 from tests.conftest import RECORDS, bound, items_of, learned
 

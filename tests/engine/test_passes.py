@@ -26,7 +26,7 @@ from ptuning.engine.passes import inject, prefix_tokens, target_logits
 from ptuning.errors import PromptError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from tests.conftest import CAUSAL, RECORDS, bound, items_of, learned, plain_logits, spoken
 
 TEMPLATES = (

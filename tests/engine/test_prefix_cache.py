@@ -19,7 +19,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import Past, PrefixCache
 from ptuning.records import Record, as_records
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from tests.conftest import CAUSAL, bound, small_memory
 
 TEXTS: list[Record] = [

@@ -13,7 +13,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.passes import run_batch, target_logits
 from ptuning.engine.prefix_cache import row_behind
 from ptuning.engine.side_by_side import run_side_by_side
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from tests.conftest import bound, learned
 
 TEMPLATES = ("{x} [P*2] so [Y]", "{x} [P:It was] a good [P] [Y]", "{x} is [Y]", "{x} [P*3] [Y]")

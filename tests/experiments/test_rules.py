@@ -11,7 +11,7 @@ import pytest
 from experiments.rules import arithmetic, countries, instructions
 from experiments.rules.__main__ import RULES, write
 
-from ptuning.data.chat.conversations import load_conversations
+from ptuning.data.conversations import load_conversations
 from ptuning.data.reading import SPLITS, load_records
 from ptuning.files import sha256
 from ptuning.metrics.slot_coverage import coverage

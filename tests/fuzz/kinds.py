@@ -29,8 +29,8 @@ from starlette.testclient import TestClient
 from ptuning.cli.options import backbone_options, config_of, fields_of, varied_by
 from ptuning.cli.outputs import answers_to, kept_lines
 from ptuning.config import GenerationSettings, TrainConfig
-from ptuning.data.chat.conversations import read_conversations
-from ptuning.data.labelling import label_rows
+from ptuning.data.checks import label_rows
+from ptuning.data.conversations import read_conversations
 from ptuning.data.questions import as_questions
 from ptuning.data.reading import RawRows, as_read, raw_rows, read_rows
 from ptuning.data.relations import read_relations

@@ -22,8 +22,7 @@ from ptuning.errors import BackboneError
 from ptuning.method.base import Setup, Task
 from ptuning.method.classification_head import HeadModel, head_items, head_template
 from ptuning.method.registry import methods
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from tests.families import FAMILIES, built, tokenizer_of
 
 LABELS = TaskFile.parse(

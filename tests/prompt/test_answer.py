@@ -20,7 +20,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from tests.conftest import bound, learned, plain_logits, spoken
 
 MANUAL = "The capital of [X] is [Y] ."

@@ -91,7 +91,7 @@ def test_scores_with_data(backbone: Backbone) -> None:
 
 
 def test_without_data_there_are_no_scores(causal: Backbone) -> None:
-    """And the findings are plain JSON."""
+    """And the report are plain JSON."""
     found = inspect_prompt(causal, learned(causal, TEMPLATE))
     assert found.scores == {}
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))

@@ -31,7 +31,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned, small_memory
 

@@ -29,8 +29,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
 from tests.families import built, without_words

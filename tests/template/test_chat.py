@@ -14,8 +14,7 @@ from ptuning.errors import BackboneError, RecordError, TemplateError
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
-from ptuning.template.encode import TokenizedTemplate, TooLongError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate, TooLongError
 from ptuning.template.language import Template
 from ptuning.template.messages import ASSISTANT, USER, read_messages, write_messages
 from ptuning.template.messages import ChatMessage as Turn

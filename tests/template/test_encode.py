@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import RecordError, TemplateError
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Field, Literal, Piece, Slots, Target, Template, TextSlots
 from ptuning.template.segments import Kind
 from tests.families import tokenizer_of

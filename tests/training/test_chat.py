@@ -8,7 +8,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.chat.conversations import read_conversations
+from ptuning.data.conversations import read_conversations
 from ptuning.data.questions import Questions
 from ptuning.data.reading import raw_rows
 from ptuning.engine.writing.ending import Ending, OpenRow

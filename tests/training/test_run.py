@@ -57,7 +57,7 @@ from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.records import Record, as_records
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
 from ptuning.training.run import TrainingRun, TrainResult, train

@@ -40,8 +40,7 @@ from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.segments import Ids

@@ -36,7 +36,7 @@ def completed(asked: TrainInputs) -> TrainInputs:
         return asked
     if any(given.get(name) is not None for name in (*GIVEN, "about", "pattern")):
         return asked
-    from ptuning.data.chat.shapes import recognise
+    from ptuning.data.conversations import recognise
     from ptuning.data.reading import load_rows
 
     if os.path.isdir(given["data"]):  # of a task
@@ -66,7 +66,7 @@ def completed(asked: TrainInputs) -> TrainInputs:
 
 def conversations_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Questions:
     """Read conversations, as a prompt remembers their keys but for those asked for, and say in which form they are."""
-    from ptuning.data.chat.conversations import read_conversations
+    from ptuning.data.conversations import read_conversations
     from ptuning.data.reading import load_rows
 
     with terminal.waiting(f"reading {source}"):
@@ -78,7 +78,7 @@ def conversations_of(source: str, field: Sequence[str] | None, *, prompt: Prompt
 
 def shown_conversation(rows: RawRows) -> Questions:
     """Return the questions of the first conversation, with their answers or, if it ends with the user, to be asked."""
-    from ptuning.data.chat.conversations import read_conversations
+    from ptuning.data.conversations import read_conversations
     from ptuning.data.reading import RawRows
 
     first = RawRows(rows[:1], name=rows.name, digest=rows.sha256, format=rows.format)

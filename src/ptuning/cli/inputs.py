@@ -23,7 +23,7 @@ from ptuning.template.language import CONVERSATION_FIELD
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.backbone.tokenizer import TextTokenizer
-    from ptuning.data.labelling import Findings, Labelled
+    from ptuning.data.checks import Labelled, Report
     from ptuning.data.questions import Questions
     from ptuning.data.reading import RawRows
     from ptuning.data.task_files import TaskFile
@@ -158,7 +158,7 @@ def training_spec(
         method=method,
     ).check()
     if spec.checked is not None:
-        show_findings(spec.checked, once=once)
+        show_report(spec.checked, once=once)
     return spec
 
 
@@ -225,9 +225,9 @@ def with_target(rows: Records | Questions, column: str) -> Records | Questions:
     return with_fields(rows, {TARGET_FIELD: column}) if isinstance(rows, Records) else rows
 
 
-def show_findings(found: Findings, *, once: Once = at_once) -> None:
+def show_report(found: Report, *, once: Once = at_once) -> None:
     """Print what was found in data: facts, and what may be a mistake as warnings."""
-    for line in (*found.facts, *(f"warning: {doubt}" for doubt in found.doubts)):
+    for line in (*found.facts, *(f"warning: {warning}" for warning in found.warnings)):
         once((line, "told"), functools.partial(terminal.say, line))
 
 
@@ -241,13 +241,13 @@ def looked_at(
     strict: bool,
 ) -> Labelled:
     """Look at the rows of a comparison and their labels, by default the task's, and say what was found."""
-    from ptuning.data.labelling import label_rows
+    from ptuning.data.checks import label_rows
     from ptuning.data.questions import as_questions
 
     known = task.label_words if task is not None else None
     rows = {part: as_questions(one) for part, one in parts.items()}
     found = label_rows(rows, labels, fields=reads, known=known, merge=merge, strict=strict)
-    show_findings(found.findings)
+    show_report(found.report)
     return found
 
 
@@ -257,7 +257,7 @@ def labelled(
     """Return a prompt with the labels that are asked for, or those that it has, and rows to score it on; say what was
     found in them. With ``auto``, rows with labels that look mistyped are left out.
     """
-    from ptuning.data.labelling import Findings, label_rows
+    from ptuning.data.checks import Report, label_rows
     from ptuning.data.questions import as_questions
 
     is_open, fields = labels is None and not prompt.answer_space.is_closed, prompt.template.fields
@@ -268,8 +268,8 @@ def labelled(
             rows = with_target(rows, target)
     parts = {"data": as_questions(rows)}
     found = label_rows(parts, labels, fields=fields, known=prompt.label_words, merge=[*prompt.merge, *(merge or ())])
-    facts = found.findings.facts if labels is not None or (is_open and prompt.backbone is None) else ()
-    show_findings(Findings(facts, found.findings.doubts))
+    facts = found.report.facts if labels is not None or (is_open and prompt.backbone is None) else ()
+    show_report(Report(facts, found.report.warnings))
     return replace(prompt, label_words=found.words), found.parts["data"]
 
 
@@ -277,7 +277,7 @@ def with_labels(prompt: Prompt, labels: str | None) -> Prompt:
     """Return a prompt that answers with the labels that are asked for: for a manual one there is no other way to have
     any, and a learned one remembers its own, which is said.
     """
-    from ptuning.data.labelling import AUTO
+    from ptuning.data.checks import AUTO
     from ptuning.template.labels import LabelWords
 
     if labels is None:
@@ -301,7 +301,7 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     ``manual:N``. The given task comes before the prompt's own.
     """
     with terminal.waiting("starting"):
-        from ptuning.data.row_paths import place
+        from ptuning.data.questions import place
         from ptuning.prompt.prompt import Prompt
 
     is_manual = source.startswith("manual:")

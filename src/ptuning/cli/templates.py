@@ -113,7 +113,7 @@ def chat_template_of(tokenizer: Tokenizer, questions: Questions | None, system: 
     """Return the template of a chat: its slots start at the given system text, else at that of the conversations, else
     at the chat template's own.
     """
-    from ptuning.data.chat.conversations import system_text
+    from ptuning.data.conversations import system_text
     from ptuning.template.chat import chat_template
 
     if system is None and questions is not None:

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ptuning.data.parquet import parquet_rows
 from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import parse_json, read_bytes, sha256
 from ptuning.records import TARGET_FIELD, Records, check_columns, clean
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
+
+    from pyarrow import Array
 
 
 T = TypeVar("T")
@@ -35,6 +37,12 @@ TEXT_SUFFIX = ".txt"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SNIFFED_ROWS = 20
 PARQUET_MARK = b"PAR1"
+# A Parquet file of a megabyte can hold a value once and say that it is repeated a hundred million times. Limit, and
+# estimates of what a row and a value take as Python objects.
+MAX_PARQUET_BYTES = 4 * 2**30
+ROW_BYTES, VALUE_BYTES = 400, 64
+
+logger = logging.getLogger(__name__)
 
 
 # Field -> the names that it may have in a file.
@@ -345,3 +353,89 @@ def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where:
 def _renamed(record: Mapping[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
     found = renamed(record, fields, where=where)
     return {name: text.strip() if name == TARGET_FIELD else text for name, text in found.items()}
+
+
+def parquet_rows(data: bytes, *, name: str) -> list[Mapping[str, object]]:
+    """Return the rows of a Parquet file. A date or time that Python has no value for is text, or None with a warning if
+    it is out of range.
+
+    Raises:
+        FileError: If pyarrow is missing.
+        RecordError: If the file is damaged, or would take more than :data:`MAX_PARQUET_BYTES` of memory.
+    """
+    try:
+        from pyarrow import ArrowException, types
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise FileError(f"reading {name} needs pyarrow; install it with: pip install pyarrow") from error
+    try:
+        file = ParquetFile(io.BytesIO(data))
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+        size = ROW_BYTES * file.metadata.num_rows
+        size += sum(VALUE_BYTES * chunk.num_values + chunk.total_uncompressed_size for chunk in chunks)
+        if size > MAX_PARQUET_BYTES:
+            raise RecordError(
+                f"{name} has {file.metadata.num_rows:,} rows, which take about {size / 2**30:.0f} GB of memory; the "
+                f"limit is {MAX_PARQUET_BYTES / 2**30:.0f} GB, so use a part of it"
+            )
+        schema = file.schema_arrow
+        check_columns(schema.names, where=name)
+        # Texts that are repeated in the file are repeated in memory by reference only.
+        texts = [column.name for column in schema if types.is_string(column.type) or types.is_binary(column.type)]
+        table = ParquetFile(io.BytesIO(data), read_dictionary=texts).read()
+        columns = [
+            [value for chunk in column.chunks for value in _column_values(chunk, f"{name}: the column '{title}'")]
+            for title, column in zip(schema.names, table.columns, strict=True)
+        ]
+        return [dict(zip(schema.names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    except (ArrowException, OSError, ValueError, RecursionError) as error:
+        # A damaged footer is an OSError, and broken text a ValueError.
+        raise RecordError(f"{name} is not a readable Parquet file: {error}") from error
+
+
+def _column_values(array: Array, where: str) -> list[object]:
+    """Return the values of a column as Python's own."""
+    from pyarrow import DictionaryArray, types
+
+    if isinstance(array, DictionaryArray):
+        values = _column_values(array.dictionary, where)
+        return [None if at is None else values[at] for at in array.indices.to_pylist()]
+    is_fine = types.is_temporal(array.type) and getattr(array.type, "unit", None) == "ns"
+    try:
+        if not is_fine:
+            listed: list[object] = array.to_pylist()
+            return listed
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{where} holds text that is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except (OverflowError, ValueError):  # Python's dates end with the year 9999
+        pass
+    listed = [_moment(scalar) for scalar in array]
+    lost = sum(value is None and scalar.is_valid for value, scalar in zip(listed, array, strict=True))
+    if lost:
+        logger.warning("%s: values out of range, which count as missing: %d (%s)", where, lost, array.type)
+    return listed
+
+
+def _moment(scalar: Any) -> object:
+    """Return a date, time or duration as Python's own, else as Arrow writes it; None for one out of range. Nanoseconds
+    become microseconds, which Python has, if none are lost.
+    """
+    from pyarrow import ArrowException, duration, string, time64, timestamp, types
+
+    kind = scalar.type
+    try:
+        if getattr(kind, "unit", None) != "ns":
+            return scalar.as_py()
+        is_date = types.is_timestamp(kind)
+        coarser = timestamp("us", kind.tz) if is_date else duration("us") if types.is_duration(kind) else time64("us")
+        return scalar.cast(coarser).as_py()
+    except (OverflowError, ValueError):
+        pass
+    try:
+        text: str = scalar.cast(string()).as_py()
+    except (ArrowException, ValueError):
+        return None
+    if types.is_duration(kind):
+        return f"{text} {kind.unit}"
+    return None if text.startswith("<value out of range") else text

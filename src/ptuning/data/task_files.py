@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import ChoiceSource, Questions, Reader, with_references
+from ptuning.data.questions import ChoiceSource, Questions, Reader, RowPath, with_references
 from ptuning.data.reading import SUFFIXES, Row, raw_rows
-from ptuning.data.row_paths import RowPath
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, Unchecked, parse_toml, read_bytes, read_text, sha256
 from ptuning.metrics import METRICS, TASK_METRICS

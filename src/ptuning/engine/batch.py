@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 
 Side = Literal["left", "right"]

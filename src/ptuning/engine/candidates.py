@@ -15,7 +15,7 @@ from ptuning.engine.batch import Batch, Side, batches, collate
 from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
 from ptuning.engine.passes import run_batch, run_behind, target_logits
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 from ptuning.template.shared_prefix import shared_length
 

@@ -18,8 +18,7 @@ from ptuning.data.questions import Question, Questions
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.ambiguity import check_fields, check_targets, collisions_of, is_distinguishable, warn
-from ptuning.template.encode import TokenizedTemplate, TooLongError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate, TooLongError
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS, Ids
 

@@ -16,7 +16,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
 from ptuning.engine.prefix_cache import Past, PrefixCache, row_behind
 from ptuning.errors import PromptError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 
 # A prefix is shared if that saves at least this many tokens: its own forward pass reads every weight once more.

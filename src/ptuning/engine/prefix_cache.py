@@ -20,7 +20,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import batches, collate, one_sided
 from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from ptuning.backbone.forward import Memory
 from ptuning.engine.batch import Batch, collate
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import inject, layer_offsets
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 
 
 def run_side_by_side(

@@ -21,7 +21,7 @@ from ptuning.exchange.peft_files import logits_at
 from ptuning.exchange.reserved import SlotTokens, as_rows, reserved_tokens
 from ptuning.exchange.rows import Reader, Source, spoken, template_text, text_difference
 from ptuning.files import check_room, sha256
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 
 # The longest file of weights; transformers writes several if a model is larger.

@@ -16,7 +16,7 @@ from ptuning.exchange.form import Exported, Form, asked_with_ids
 from ptuning.exchange.peft_files import check_peft, logits_at, read_adapter, write_adapter
 from ptuning.exchange.reserved import as_rows, stored_rows, unused_rows
 from ptuning.exchange.rows import Reader, Source, spoken, text_difference
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 
 # The ranks that vLLM knows (--max-lora-rank).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

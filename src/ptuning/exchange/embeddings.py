@@ -12,7 +12,7 @@ from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.reserved import SlotTokens
 from ptuning.exchange.rows import Reader, Source
 from ptuning.files import read_bytes, write_bytes
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 
 FILE = "prompt_embeds.safetensors"
 VECTORS, POSITIONS, IDS = "slot_vectors", "slot_positions", "input_ids"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ptuning.exchange.reserved import SlotTokens
 from ptuning.exchange.rows import Reader, Source
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.language import Template
 
 

@@ -20,7 +20,7 @@ from ptuning.exchange.peft_files import logits_at
 from ptuning.exchange.reserved import SlotTokens, as_rows, reserved_tokens
 from ptuning.exchange.rows import ROUGH, Reader, Source, spoken, text_difference
 from ptuning.files import check_room
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 
 if TYPE_CHECKING:

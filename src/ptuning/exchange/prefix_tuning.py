@@ -17,7 +17,7 @@ from ptuning.exchange.prompt_tuning import VECTORS_KEY, check_rest, usage_of
 from ptuning.exchange.reserved import SlotTokens
 from ptuning.exchange.rows import Reader, Source
 from ptuning.prompt.prompt import Prompt
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.language import Slots, TextSlots
 from ptuning.template.segments import Ids
 

@@ -20,7 +20,7 @@ from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.peft_files import check_peft, logits_at, read_adapter, write_adapter
 from ptuning.exchange.reserved import SlotTokens
 from ptuning.exchange.rows import Reader, Source
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.template.language import Field, Slots, Template, TextSlots
 
 VECTORS_KEY = "prompt_embeddings"

@@ -14,8 +14,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.errors import ExchangeError
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Record, Records, Rows
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.segments import Ids
 
 # So many records are run: each row alone, in both programs.

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import BY_SCORE, GenerationSettings, TrainConfig, listed_names
-from ptuning.data.labelling import Labelled, Labels, Merge, label_rows
+from ptuning.data.checks import Labelled, Labels, Merge, label_rows
 from ptuning.data.questions import Questions, as_questions, with_references
 from ptuning.data.splits import draw_questions, draw_records, split_questions
 from ptuning.data.task_files import TaskFile
@@ -94,8 +94,8 @@ def compare(
     parts = {part: as_questions(rows) for part, rows in given.items() if rows is not None}
     words = labels if labels is not None or task is None else task.label_words
     found = label_rows(parts, words, fields=as_template(manual).fields, merge=merge, strict=strict)
-    for doubt in found.findings.doubts:
-        logger.warning("%s", doubt)
+    for warning in found.report.warnings:
+        logger.warning("%s", warning)
     return compare_labelled(
         found,
         manual=manual,
@@ -150,7 +150,7 @@ def compare_labelled(
         info |= {"text_metrics": list(scored.metrics), "signatures": _signatures(parts["test"], scored.metrics)}
     elif scored.is_closed:
         info |= {"labels": list(words.labels) if words is not None else None}
-        info |= {"left_out": list(rows.findings.left_out)} if rows.findings.left_out else {}
+        info |= {"left_out": list(rows.report.left_out)} if rows.report.left_out else {}
     else:
         one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
         single = all(one_token.every(part.records) for part in parts.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data import task_check
+from ptuning.data import checks
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.data.word_lists import read_words
@@ -94,12 +94,12 @@ def template_pair(
 
 def check_known(job: CellJob, backbone: Backbone) -> None:
     """Warn about targets and fields of a job that the tokenizer does not know; an error as of
-    :func:`ptuning.data.task_check.check_known`, before anything runs.
+    :func:`ptuning.data.checks.check_known`, before anything runs.
     """
     task = job.task
     for template in (task.manual, task.template):
         bound = TokenizedTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
-        warn(task_check.check_known(bound, task.answer_space, (task.train, task.dev, job.test)))
+        warn(checks.check_known(bound, task.answer_space, (task.train, task.dev, job.test)))
 
 
 def fact_job(

@@ -22,8 +22,7 @@ from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import rank_classes
 from ptuning.records import Record
 from ptuning.template.ambiguity import is_known
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
 from ptuning.training.optimizer import with_gradients

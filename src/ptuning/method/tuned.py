@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.config import DEEP_SETTINGS, Tune
-from ptuning.data.labelling import Findings
+from ptuning.data.checks import Report
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
@@ -82,7 +82,7 @@ def _tried(
             config=replace(same, **{setting: rate}),
             labels=task.answer_space.words,
             task=task.file,
-            checked=Findings(),  # of all methods' rows, before the comparison
+            checked=Report(),  # of all methods' rows, before the comparison
             method=None if kind is None else kind.name + ALONG[tune],
         )
         for number, rate in enumerate(rates, start=1)

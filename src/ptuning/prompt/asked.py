@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ptuning.data.chat.conversations import read_conversations
+from ptuning.data.conversations import read_conversations
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.data.reading import RawRows, Row, as_read, with_fields
 from ptuning.errors import RecordError

@@ -75,7 +75,7 @@ class Inspection:
     deep: tuple[DeepView, ...] = ()
 
     def to_json(self) -> dict[str, Json]:
-        """Return the findings as plain JSON."""
+        """Return the report as plain JSON."""
         return {
             "slots": [
                 {

@@ -28,8 +28,7 @@ from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
 from ptuning.template.ambiguity import check_candidates, collisions_of, warn
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -14,7 +14,6 @@ from ptuning.errors import RecordError, TemplateError, in_a_line
 from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
 from ptuning.template.ambiguity import is_known
 from ptuning.template.chat import Conversations, own_end
-from ptuning.template.example import SLOT_PLACEHOLDER, Example
 from ptuning.template.language import Conversation, Field, Literal, Slots, Target, Template, TextSlots, Turn
 from ptuning.template.segments import (
     ANCHOR_WORD,
@@ -30,7 +29,6 @@ from ptuning.template.segments import (
     Tokenizer,
     as_markup,
 )
-from ptuning.template.slots import PlacedSlots, SlotLayout
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +40,125 @@ TURN = "turn"
 END = "end"
 # A token rarely has more.
 CHARACTERS_A_TOKEN = 8
+
+
+# Token id at a slot; any id would do, since the slot's vector replaces its embedding.
+SLOT_PLACEHOLDER = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One filled template as token ids, unpadded.
+
+    Args:
+        token_ids: With :data:`SLOT_PLACEHOLDER` at the slots; the encoder's part, if any, comes first.
+        slot_positions: The positions of the slots, in template order.
+        logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
+        target_ids: The scored ids; the last one is the stop token if the example teaches to stop.
+        own_tokens: Number of ``target_ids`` without the stop token.
+        shortened: Whether a field was truncated to fit.
+        encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
+        known: Whether the tokenizer knows the target (:func:`~ptuning.template.ambiguity.is_known`); one without any
+            tokens is replaced by an unknown token.
+        begun: Number of tokens and slots in front of ``token_ids`` of which the prompt brings keys and values: its
+            block of deep slots, and what the tokenizer puts in front of a text.
+        unread: Which of these, counted from the row's beginning, this row does not read.
+        turns_left_out: How many turns of a conversation were left out to fit.
+        named_end: Whether the template names what the target ends with.
+    """
+
+    token_ids: Ids
+    slot_positions: Ids
+    logit_positions: Ids
+    target_ids: Ids
+    own_tokens: int
+    shortened: bool = False
+    encoder_tokens: int = 0
+    known: bool = True
+    begun: int = 0
+    unread: Ids = ()
+    turns_left_out: int = 0
+    named_end: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of tokens and slots of the whole row."""
+        return self.begun + len(self.token_ids)
+
+
+StartIds = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class PlacedSlots:
+    """Slots by the tokens that they start from. Text behind them is tokenised as behind their ``tail``, if there is
+    one, else as a word that begins anew.
+    """
+
+    start_ids: StartIds
+    deep: bool = False
+    tail: MarkedText = NOTHING
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """The slots of a template.
+
+    Args:
+        lead_ids: The tokens in front of the block, which open a text; none without a block.
+        block_ids: The tokens that the block's deep slots start at; None for one of the data's. These slots stand at the
+            very front and are no part of rows: the prompt brings their keys and values.
+        slot_start_ids: The tokens that the other slots start at, in template order; None for a random start.
+        deep_slots: Which of these are deep, by their index.
+    """
+
+    lead_ids: Ids
+    block_ids: StartIds
+    slot_start_ids: StartIds
+    deep_slots: Ids
+
+    @classmethod
+    def of(cls, pieces: Sequence[object], prefix_ids: Ids, *, block: bool) -> SlotLayout:
+        """Return the layout of a template's pieces; with ``block``, deep slots at the front form one."""
+        front = _front(pieces) if block else 0
+        every = [piece for piece in pieces if isinstance(piece, PlacedSlots)]
+        own = [(start, piece.deep) for piece in every[front:] for start in piece.start_ids]
+        return cls(
+            prefix_ids if front else (),
+            tuple(start for piece in every[:front] for start in piece.start_ids),
+            tuple(start for start, _ in own),
+            tuple(index for index, (_, is_deep) in enumerate(own) if is_deep),
+        )
+
+    @property
+    def begun(self) -> int:
+        """Number of tokens and slots in front of a row: the block's, and those that open a text."""
+        return len(self.lead_ids) + len(self.block_ids)
+
+    @property
+    def lead(self) -> int:
+        """Number of tokens in front of the block's first slot."""
+        return len(self.lead_ids)
+
+    @property
+    def in_front(self) -> int:
+        """Number of deep slots of the block."""
+        return len(self.block_ids)
+
+    @property
+    def every_start_id(self) -> StartIds:
+        """What all slots start at, in template order, those of the block included."""
+        return (*self.block_ids, *self.slot_start_ids)
+
+    def filled_up(self, tokens: Iterator[int]) -> StartIds:
+        """Return what all slots start at, with the next of some tokens for each deep slot that has none."""
+        deep = {*range(self.in_front), *(self.in_front + slot for slot in self.deep_slots)}
+        starts = enumerate(self.every_start_id)
+        return tuple(next(tokens) if start is None and index in deep else start for index, start in starts)
+
+    def places(self, slot_positions: Sequence[int]) -> list[int]:
+        """Return where all slots are in a row with these positions of its own slots."""
+        return [*range(self.lead, self.begun), *(self.begun + position for position in slot_positions)]
 
 
 class TooLongError(TemplateError, RecordError):
@@ -495,3 +612,13 @@ def _take_space(pieces: list[_Piece]) -> str:
         return ""
     pieces[-1:] = [last.removesuffix(" ")] if last.characters != " " else []
     return " "
+
+
+def _front(pieces: Sequence[object]) -> int:
+    """Return how many pieces of deep slots stand at the front; 0 if nothing but a space, which is the target's, is
+    between them and the target.
+    """
+    for count, piece in enumerate(pieces):
+        if not (isinstance(piece, PlacedSlots) and piece.deep):
+            return 0 if isinstance(pieces[count + (piece == MarkedText(" "))], Target) else count
+    return 0

@@ -10,8 +10,7 @@ from typing import Literal, get_args
 from ptuning.errors import ConfigError, LabelWordError, RecordError, closest, shown
 from ptuning.files import Json
 from ptuning.records import TARGET_FIELD, Record, Records, check_text
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 
 # The score of a text of several tokens: its total log-probability, or the mean over its tokens.
 Normalise = Literal["sum", "mean"]

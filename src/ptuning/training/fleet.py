@@ -19,7 +19,7 @@ from ptuning.errors import ConfigError, FileError, PTuningError, TrainingError
 from ptuning.files import Unchecked, make_folder, read_json, write_json
 from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from ptuning.training.encoders.together import copied_bytes
 from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer

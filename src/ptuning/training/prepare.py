@@ -14,7 +14,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import with_head
 from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune, derived_seed
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.labelling import merges, require_rows
+from ptuning.data.checks import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
@@ -222,8 +222,8 @@ def _checked(spec: TrainSpec) -> TrainSpec:
     if spec.checked is not None:
         return spec
     found = spec.check()
-    for doubt in found.checked.doubts if found.checked is not None else ():
-        logger.warning("%s", doubt)
+    for warning in found.checked.warnings if found.checked is not None else ():
+        logger.warning("%s", warning)
     return found
 
 

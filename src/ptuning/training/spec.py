@@ -8,7 +8,7 @@ from typing import TypedDict
 from typing_extensions import Self
 
 from ptuning.config import TrainConfig
-from ptuning.data.labelling import Findings, Labels, Merge, label_rows, merges
+from ptuning.data.checks import Labels, Merge, Report, label_rows, merges
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.records import Rows
@@ -60,7 +60,7 @@ class TrainSpec:
     task: TaskFile | None = None
     calibrate: bool | None = None
     method: str | None = None
-    checked: Findings | None = None
+    checked: Report | None = None
 
     @property
     def settings(self) -> TrainConfig:
@@ -69,7 +69,7 @@ class TrainSpec:
 
     def check(self) -> Self:
         """Return the training with the rows and label words that it is to use, and what was found; itself if that was
-        done before. Errors are those of :func:`ptuning.data.labelling.label_rows`.
+        done before. Errors are those of :func:`ptuning.data.checks.label_rows`.
         """
         if self.checked is not None:
             return self
@@ -85,7 +85,7 @@ class TrainSpec:
             dev=found.parts.get("dev"),
             labels=found.words,
             merge=merges(self.merge),
-            checked=found.findings,
+            checked=found.report,
         )
 
 

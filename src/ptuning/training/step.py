@@ -26,8 +26,7 @@ from ptuning.engine.passes import runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.training.encoders.encoder import make_encoders
 from ptuning.training.encoders.together import StackedEncoders, adamw_step, stacked_where_it_helps, works_together
 from ptuning.training.optimizer import make_optimizer, overflows, to_train

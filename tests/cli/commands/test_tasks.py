@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptuning.cli.commands import tasks
-from ptuning.data.labelling import Findings
+from ptuning.data.checks import Report
 from ptuning.data.task_files import load_task, shipped_names, shipped_tasks
 from ptuning.prompt.prompt import Prompt
 from tests.cli.commands.test_experiments import printed as printed
@@ -215,7 +215,7 @@ def test_a_task_is_shown_with_its_file(printed: Callable[[], tuple[str, str]]) -
 
 
 def test_facts_are_results_and_doubts_are_warnings(printed: Callable[[], tuple[str, str]]) -> None:
-    tasks.show_findings(load_task("RTE"), Findings(("train: 3 rows",), ("odd",), ("bad",)))
+    tasks.show_report(load_task("RTE"), Report(("train: 3 rows",), ("odd",), ("bad",)))
     out, err = printed()
     assert "RTE, version 1: 2 labels, 2 patterns" in out
     assert "  train: 3 rows" in out

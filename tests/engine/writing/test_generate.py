@@ -21,7 +21,7 @@ from ptuning.errors import BackboneError, ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 from tests.backbone.test_turn import RECORDS as TURNING
 from tests.backbone.test_turn import longrope
 from tests.conftest import CAUSAL, RECORDS, bound, learned

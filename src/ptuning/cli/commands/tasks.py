@@ -15,7 +15,7 @@ from ptuning.cli.options import AskedBackbone, StrictOption, takes, tokenizer_op
 from ptuning.errors import FileError, TaskError
 
 if TYPE_CHECKING:
-    from ptuning.data.labelling import Findings
+    from ptuning.data.checks import Report
     from ptuning.data.questions import Questions
     from ptuning.data.task_files import TaskFile
 
@@ -82,21 +82,21 @@ def check_task(
                 continue  # only the training part must be there
             parts[name] = found.read(path, labelled=name != "test")
     tokenizer, kind = load_tokenizer(backbone)
-    from ptuning.data.task_check import check_data, check_words
+    from ptuning.data.checks import check_data, check_words
 
     checked = check_data(found, parts) + check_words(found, tokenizer, kind, parts=parts)
-    show_findings(found, checked)
-    problems = checked.problems + (checked.doubts if strict else ())
+    show_report(found, checked)
+    problems = checked.problems + (checked.warnings if strict else ())
     if problems:
         raise TaskError(f"{task}: " + "\n  ".join(problems))
     terminal.line(f"fine with the tokenizer of {backbone.name or sources.BACKBONE}")
 
 
-def show_findings(found: TaskFile, checked: Findings) -> None:
-    """Print the facts and doubts of a check; its problems are in the error."""
+def show_report(found: TaskFile, checked: Report) -> None:
+    """Print the facts and warnings of a check; its problems are in the error."""
     what = found.answer_space.described
     terminal.heading(f"{found.name}, version {found.version}: {what}, {len(found.manual)} patterns")
     for fact in checked.facts:
         terminal.line(f"  {fact}")
-    for doubt in checked.doubts:
-        terminal.say(f"warning: {doubt}")
+    for warning in checked.warnings:
+        terminal.say(f"warning: {warning}")

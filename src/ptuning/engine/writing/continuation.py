@@ -11,7 +11,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import Pass, run_pass
 from ptuning.errors import BackboneError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 
 # Pads in front of all rows are dropped by so many at a time, since that copies all keys and values.
 DROPPED_PADS = 16

@@ -21,8 +21,7 @@ from ptuning.engine.writing.masks import fill_masks
 from ptuning.engine.writing.writer import Line, Writer
 from ptuning.errors import ConfigError, TemplateError, in_a_line
 from ptuning.records import Record
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.writing.ending import OpenRow, Written, alike
 from ptuning.errors import TemplateError
 from ptuning.records import Record
-from ptuning.template.encode import TokenizedTemplate
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate
 
 
 def fill_masks(

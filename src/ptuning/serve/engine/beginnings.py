@@ -16,7 +16,7 @@ from ptuning.engine.batch import collate
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import MIN_SAVED_TOKENS, Pass, run_batch
 from ptuning.engine.prefix_cache import Past, cacheable_ids, free_bytes
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 
 # Shorter texts come again less often, and are read again. So are shorter constant beginnings of prompts: on an
 # accelerator, to put their keys and values together takes as long; on a processor a few tokens take longer already.

@@ -18,8 +18,7 @@ from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
-from ptuning.template.encode import TokenizedTemplate, TooLongError
-from ptuning.template.example import Example
+from ptuning.template.encode import Example, TokenizedTemplate, TooLongError
 from ptuning.template.language import Field
 from ptuning.template.segments import Ids
 

@@ -14,7 +14,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.passes import MIN_SAVED_TOKENS, Pass, logits_in_parts, run_batch
 from ptuning.engine.side_by_side import run_side_by_side
 from ptuning.serve.engine.beginnings import Beginnings, PassRow
-from ptuning.template.example import Example
+from ptuning.template.encode import Example
 
 # Rows with one beginning run side by side from so many on, up to so many tokens; fewer go with others in one pass.
 SIDE_BY_SIDE_ROWS, SIDE_BY_SIDE_TOKENS = 4, 2048

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ptuning.data.chat.conversations import read_conversations
+from ptuning.data.conversations import read_conversations
 from ptuning.data.questions import Question
 from ptuning.data.reading import RawRows
 from ptuning.errors import RecordError

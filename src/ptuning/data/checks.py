@@ -1,6 +1,5 @@
-"""The labels of rows: found in the targets, taken as one where that is asked for, and what looks like a mistake.
-
-Training, comparisons, scoring and `ptuning task check` all look at their rows here, before a model is loaded.
+"""Checks of data before a model is loaded: labels (detected, merged, mistyped), missing targets, empty fields, repeated
+rows; and of a task with its data and a tokenizer (`ptuning task check`).
 """
 
 from __future__ import annotations
@@ -11,10 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
-from ptuning.errors import LabelWordError, RecordError, cut
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import LabelWordError, PTuningError, RecordError, cut
 from ptuning.records import TARGET_FIELD, canonical_json, require_targets
+from ptuning.template.ambiguity import check_fields, check_targets
+from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.labels import LabelWords
+from ptuning.template.language import Field, Template
+from ptuning.template.segments import Kind, Tokenizer
 
 # `--labels auto`: the different targets are the labels, each its own word.
 AUTO = "auto"
@@ -32,23 +37,25 @@ SEEN_LABELS, SEEN_ROWS = 50, 3
 # A label with this many rows or fewer may be a mistyped one, if a similar one is there so many times more often.
 RARE, TIMES = 2, 4
 LONGEST = 64  # characters of what may be mistyped, or a number
+# Rows of each part that `task check` tokenizes to see whether they fit.
+FILLED_ROWS = 500
 SHOWN = 5  # places, labels and the like in one message
 
 
 @dataclass(frozen=True)
-class Findings:
-    """The findings of a check, a line each: counts, possible mistakes, and mistakes that make the data unusable.
+class Report:
+    """The report of a check, a line each: counts, possible mistakes, and mistakes that make the data unusable.
 
     ``left_out`` names each row that is not used, and why.
     """
 
     facts: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
-    def __add__(self, other: Findings) -> Findings:
-        return Findings(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+    def __add__(self, other: Report) -> Report:
+        return Report(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Labelled:
 
     parts: dict[str, Questions]
     words: LabelWords | None = None
-    findings: Findings = field(default_factory=Findings)
+    report: Report = field(default_factory=Report)
 
 
 def label_rows(
@@ -100,12 +107,12 @@ def label_rows(
         for questions in kept.values():
             words.check_records(questions.records)
     if words is not None and not has_choices:
-        found += Findings(tuple(_counts(name, rows, words.labels) for name, rows in kept.items()))
+        found += Report(tuple(_counts(name, rows, words.labels) for name, rows in kept.items()))
     elif not has_choices:
         found += seen_labels(learned, kept)
     found += repeated(kept, fields, labelled=words is not None)
-    if strict and found.doubts:
-        raise RecordError("\n  ".join(("what the data holds is an error with --strict:", *found.doubts)))
+    if strict and found.warnings:
+        raise RecordError("\n  ".join(("what the data holds is an error with --strict:", *found.warnings)))
     return Labelled(kept, words, found)
 
 
@@ -154,7 +161,7 @@ def look_alikes(counts: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Findings:
+def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Report:
     """Say which different targets there are, if they are few and come again and again: they may be labels."""
     rows = sum(counts.values())
     if _are_amounts(counts):
@@ -162,9 +169,9 @@ def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Fi
             f"the targets are numbers ({len(counts)} different ones in {rows} records): they are written digit by "
             "digit, and a near miss is as wrong as any. For amounts, make a few classes of them (low, high)"
         )
-        return Findings((fact,))
+        return Report((fact,))
     if not 2 <= len(counts) <= SEEN_LABELS or rows < SEEN_ROWS * len(counts):
-        return Findings()
+        return Report()
     mistyped = look_alikes(counts)
     ordered = [label for label, _ in Counter(counts).most_common()]
     listed = ", ".join(f"{cut(label, LONGEST)} {counts[label]}" for label in ordered[: 2 * SHOWN])
@@ -176,10 +183,10 @@ def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Fi
         f"{len(counts)} distinct targets in {rows} records: {listed}{', ...' * (len(ordered) > 2 * SHOWN)}. If they "
         f"are labels to choose among, give --labels auto{named}; without, the answer is written as text"
     )
-    doubts = [
+    warnings = [
         f"'{label}' ({_places(_rows_with(parts, label))}) looks like '{other}'" for label, other in mistyped.items()
     ]
-    return Findings((fact,), tuple(doubts))
+    return Report((fact,), tuple(warnings))
 
 
 def empty_fields(name: str, questions: Questions, fields: Sequence[str]) -> list[str]:
@@ -193,9 +200,9 @@ def empty_fields(name: str, questions: Questions, fields: Sequence[str]) -> list
     return lines
 
 
-def repeated(parts: Mapping[str, Questions], fields: Sequence[str], *, labelled: bool) -> Findings:
+def repeated(parts: Mapping[str, Questions], fields: Sequence[str], *, labelled: bool) -> Report:
     """Say which rows have the same text: in two parts, or in one part with one label or, as a doubt, with two."""
-    facts, doubts = [], []
+    facts, warnings = [], []
     seen: dict[str, dict[str, Question]] = {}
     for name, questions in parts.items():
         own: dict[str, Question] = {}
@@ -210,13 +217,76 @@ def repeated(parts: Mapping[str, Questions], fields: Sequence[str], *, labelled:
         if fields and labelled and twice:
             facts.append(f"{name}: {_pairs(twice)} the same text and label as another")
         if fields and labelled and torn:
-            doubts.append(f"{name}: {_pairs(torn)} the same text as another, and another label")
+            warnings.append(f"{name}: {_pairs(torn)} the same text as another, and another label")
         for other, earlier in seen.items() if fields else ():
             both = [(row, earlier[key]) for key, row in own.items() if key in earlier]
             if both:
-                doubts.append(f"{name}: {_pairs(both)} the text of a row of {other}, so the scores may be too good")
+                warnings.append(f"{name}: {_pairs(both)} the text of a row of {other}, so the scores may be too good")
         seen[name] = own
-    return Findings(tuple(facts), tuple(doubts))
+    return Report(tuple(facts), tuple(warnings))
+
+
+def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Report:
+    """Count rows, choices, labels and groups of a task's data. Missing labels, empty fields, and rows of two parts with
+    the same text are warnings.
+    """
+    facts, warnings = [], []
+    for name, questions in parts.items():
+        labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
+        line = f"{name}: {len(questions)} rows of {questions.name}"
+        if task.answer_space.has_choices and questions:
+            counts = sorted(len(row.choices) for row in questions)
+            line += f"; {counts[0]} to {counts[-1]} choices, {counts[len(counts) // 2]} in the middle"
+        elif task.label_words is not None and labels:
+            line += "; " + ", ".join(f"{label} {labels[label]}" for label in task.label_words.labels)
+            missing = [label for label in task.label_words.labels if not labels[label]]
+            if missing:
+                warnings.append(f"{name}: no row has the label {' or '.join(missing)}")
+        groups = {row.group for row in questions if row.group is not None}
+        facts.append(line + (f"; {len(groups)} groups" if groups else ""))
+        warnings += empty_fields(name, questions, task.fields)
+    again = repeated(parts, task.fields, labelled=task.label_words is not None)
+    return Report(tuple(facts), tuple(warnings)) + again
+
+
+def check_words(
+    task: TaskFile, tokenizer: Tokenizer, kind: Kind, *, parts: Mapping[str, Questions] | None = None
+) -> Report:
+    """Fill every pattern of a task; report the tokens of its label words and the rows that get truncated.
+
+    Without data (``parts``), a record whose fields hold their own names is filled in.
+    """
+    given = [questions for questions in (parts or {}).values() if questions]
+    sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
+    found = Report()
+    for number, pair in enumerate(zip(task.manual, task.learned, strict=True), start=1):
+        for what, template in zip(("manual", "learned"), pair, strict=True):
+            found += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
+    # Words are mostly the same tokens in all patterns, and mistakes in them the same mistakes.
+    return Report(*(tuple(dict.fromkeys(lines)) for lines in vars(found).values()))
+
+
+def check_known(bound: TokenizedTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
+    """Return warnings about text in the parts of a task that the tokenizer does not know. Each different target is
+    tokenised once, beside fields that hold their own names.
+
+    Raises LabelWordError if it does not know a label's word, or not from that of another; RecordError if it knows
+    hardly any target of a part.
+    """
+    bare = {name: name for name in bound.template.fields}  # a template may begin with a field, which must not be empty
+    warnings = []
+    if answers.words is not None:
+        answers.words.check_known(answers.words.examples(bound, bare))
+    for questions in parts:
+        records = questions.records
+        if answers.words is None and all(row.right for row in questions):
+            texts = list(dict.fromkeys(text for row in questions for text in row.right))
+            examples = bound.examples([bare] * len(texts), targets=texts)
+            known = {text for text, example in zip(texts, examples, strict=True) if example.known}
+            distinguishable = [not known.isdisjoint(row.right) for row in questions]
+            warnings += check_targets(distinguishable, records, is_choice=answers.has_choices)
+        warnings += check_fields(bound.tokenizer, records, bound.template.fields)
+    return warnings
 
 
 def _merged(parts: Mapping[str, Questions], merge: Merge | None, labels: Sequence[str]) -> dict[str, Questions]:
@@ -269,9 +339,9 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
     return pairs, by_case
 
 
-def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions], Findings]:
+def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions], Report]:
     """Leave out rows that nobody has given a target yet. If most rows have none, another field holds it."""
-    kept, found = {}, Findings()
+    kept, found = {}, Report()
     for name, questions in parts.items():
         left = [row for row in questions if not row.record.get(TARGET_FIELD, "").strip()]
         if not left or 2 * len(left) >= len(questions):
@@ -282,13 +352,13 @@ def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions
         old = questions.fields.get(TARGET_FIELD, TARGET_FIELD)
         count = f"{len(left)} of {len(questions)} rows {'has' if len(left) == 1 else 'have'} no target"
         doubt = f"{name}: {count}, the field '{old}': {_places(left)}; left out"
-        found += Findings(doubts=(doubt,), left_out=tuple(f"{_place(row)}: no target" for row in left))
+        found += Report(warnings=(doubt,), left_out=tuple(f"{_place(row)}: no target" for row in left))
     return kept, found
 
 
-def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[dict[str, Questions], Findings]:
+def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[dict[str, Questions], Report]:
     """Leave rows without any text out of what is learned from and chosen by; other rows are told."""
-    kept, found = {}, Findings()
+    kept, found = {}, Report()
     for name, questions in parts.items():
         lines = empty_fields(name, questions, fields)
         rows = [row for row in questions if any(row.record.get(one, "?").strip() for one in fields)]
@@ -299,17 +369,17 @@ def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[
             lines[-1] += f"; {len(questions) - len(rows)} of {len(questions)} rows have no text at all and are left out"
             used = set(map(id, rows))
             left = tuple(f"{_place(row)}: no text" for row in questions if id(row) not in used)
-            found += Findings(left_out=left)
+            found += Report(left_out=left)
         kept[name] = _same(questions, rows) if learns else questions
-        found += Findings(doubts=tuple(lines))
+        found += Report(warnings=tuple(lines))
     return kept, found
 
 
 def _without_mistyped(
     parts: dict[str, Questions], labels: Sequence[str], counts: Mapping[str, int]
-) -> tuple[dict[str, Questions], Findings]:
+) -> tuple[dict[str, Questions], Report]:
     """Leave out rows whose label is none, but looks like a mistyped one. They are never counted as that label."""
-    kept, found = {}, Findings()
+    kept, found = {}, Report()
     known = {label: max(counts.get(label, 0), TIMES) for label in labels}
     for name, questions in parts.items():
         own = Counter(row.record[TARGET_FIELD] for row in questions)
@@ -320,15 +390,15 @@ def _without_mistyped(
             kept[name] = questions
             continue
         kept[name] = _same(questions, rows)
-        doubts, left = [], []
+        warnings, left = [], []
         for label, right in likely.items():
             wrong = [row for row in questions if row.record[TARGET_FIELD] == label]
-            doubts.append(
+            warnings.append(
                 f"{name}: '{label}' looks like '{right}' ({_places(wrong)}); left out. Correct it in the file, or "
                 f"count it as that label: --merge {_quoted(f'{label}={right}')}"
             )
             left += [f"{_place(row)}: '{label}' looks like '{right}'" for row in wrong]
-        found += Findings(doubts=tuple(doubts), left_out=tuple(left))
+        found += Report(warnings=tuple(warnings), left_out=tuple(left))
     return kept, found
 
 
@@ -426,3 +496,38 @@ def _distance(left: str, right: str) -> int:
                 row[to] = min(row[to], before[to - 2] + 1)
         before, last = last, row
     return last[-1]
+
+
+def _check_template(
+    name: str,
+    task: TaskFile,
+    template: Template,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    sample: Question,
+    parts: Sequence[Questions],
+) -> Report:
+    facts, warnings = [], []
+    try:
+        bound = TokenizedTemplate(template, tokenizer=tokenizer, kind=kind)
+        if task.label_words is not None:
+            lines = task.label_words.check_known(task.label_words.examples(bound, sample.record))
+            facts.append(f"label words and their tokens: {'; '.join(lines)}")
+        filled: list[Example] = []
+        for questions in parts:
+            chosen = questions[:FILLED_ROWS]
+            texts = [max(task.answer_space.texts(row) or ("a",), key=len) for row in chosen]
+            records = [row.record for row in chosen]
+            filled += bound.examples(records, targets=texts, source=f"{questions.name}, row")
+        warnings += check_known(bound, task.answer_space, parts)
+        short = sum(example.shortened for example in filled)
+        if short:
+            fields = [piece for piece in template.pieces if isinstance(piece, Field)]
+            shrinking = dict.fromkeys(piece.name for piece in fields if not piece.keep)
+            warnings.append(
+                f"{name}: {short} of {len(filled)} rows are shortened to {tokenizer.max_tokens} tokens, in the fields "
+                f"without '!': {', '.join(shrinking) or 'none'}"
+            )
+    except PTuningError as error:
+        return Report(tuple(facts), tuple(warnings), (f"{name}: {error}",))
+    return Report(tuple(facts), tuple(warnings))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.data.chat.conversations import load_conversations, read_conversations, system_text
-from ptuning.data.chat.shapes import SHAPES, recognise
+from ptuning.data.conversations import SHAPES, load_conversations, read_conversations, recognise, system_text
 from ptuning.data.questions import Questions
 from ptuning.data.reading import RawRows, raw_rows
 from ptuning.data.splits import split_questions
