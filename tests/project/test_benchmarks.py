@@ -11,19 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import arithmetic, common, goals, material, peer, picture, report, run, scaling, scores, soak, training
+from benchmarks import common, goals, peer, report, run
 
-from ptuning.backbone.attention import MARK
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import has_units
-from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import as_questions
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import question_items
 from ptuning.engine.passes import target_logits
-from ptuning.records import as_records
-from ptuning.template.labels import LabelWords
-from tests.conftest import RECORDS, bound, items_of, learned
+from tests.conftest import RECORDS, items_of, learned
 from tests.processes import forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,41 +159,6 @@ def test_figures_are_medians_with_their_ends_and_ratios_stay_within_a_round() ->
     assert common.no_answer("no GPU") == {"measured": None, "low": None, "high": None, "note": "no GPU"}
 
 
-def test_settings_reach_another_process() -> None:
-    given = [
-        "--smoke",
-        "--backbone=b",
-        "--dtype=bfloat16",
-        "--threads=3",
-        "--seed=5",
-        "--data=d.jsonl",
-        "--manual=[X] [Y]",
-    ]
-    settings = common.settings_of(common.parser("x").parse_args(given))
-    assert common.settings_of(common.parser("x").parse_args(settings.arguments())) == settings
-    assert settings.out == common.SMOKE_RESULTS
-    assert common.settings_of(common.parser("x").parse_args([])) == common.Settings()
-
-
-def test_a_line_is_found_and_a_bend_is_seen() -> None:
-    line = scaling.straight([1, 2, 4], [1.5, 2.0, 3.0])
-    assert line == pytest.approx({"fixed_seconds": 1.0, "seconds_each": 0.5, "r2": 1.0, "off": 0.0}, abs=1e-9)
-    assert scaling.straight([1, 2, 4], [1.0, 1.0, 9.0])["off"] > 0.1
-
-
-def test_time_to_the_peers_score() -> None:
-    run_of_peer = (100.0, 0.5, "bare subject")
-    reached = [(1.0, 0.2), (10.0, 0.5), (20.0, 0.4)]
-    assert scores.time_to_score([reached], [run_of_peer], 36)["measured"] == 10.0
-    never = scores.time_to_score([reached, [(1.0, 0.2)]], [run_of_peer, run_of_peer], 36)
-    assert never["measured"] is None
-    assert "not reached in 1 of 2 rounds" in str(never["note"])
-    assert "0.500, 0.500" in str(never["note"])
-    at_once = scores.time_to_score([[(2.0, 0.6)]], [run_of_peer], 36)
-    assert at_once["measured"] == 50.0
-    assert "before the first step in 1 of 1" in str(at_once["note"])
-
-
 # The summary and what is generated from it.
 
 
@@ -231,11 +190,6 @@ def test_the_summary_has_every_goal_and_nothing_else() -> None:
     assert goals.summarise({})["machine"] is None
 
 
-def test_a_fleet_is_measured_where_it_runs() -> None:
-    questions: Any = goals.summarise({"fleet": result(**{"fleet-16-cpu": common.answer([1.5])})})["questions"]
-    assert questions["fleet-16-cpu"]["measured"] == 1.5
-
-
 @pytest.mark.parametrize(
     ("name", "measured", "met"),
     [
@@ -247,36 +201,6 @@ def test_a_fleet_is_measured_where_it_runs() -> None:
 )
 def test_more_is_better_except_for_memory_and_seconds(name: str, measured: float, met: bool) -> None:
     assert goals.is_met(name, measured) is met
-
-
-def test_tables_hold_what_was_measured() -> None:
-    results = {"prefix": result(**{"shared-prefix": common.answer([4.0, 5.0], "a|b")})}
-    table = report.tables(goals.summarise(results), results)["goals"]
-    assert "| 4x or more | **4.5** | 4 to 5 | a\\|b; 2 rounds |" in table
-    assert "| 1 or less | - | - |" in table
-    cells = [
-        {"cell": "short-16", "seconds": common.spread([0.5, 1.0, 123.4])},
-        {"cell": "x", "seconds": common.spread([2.0])},
-    ]
-    shown = report.table(cells, (report.CELL, ("s", report.spread_of("seconds"))))
-    assert shown.splitlines()[2:] == ["| short-16 | 1 (0.5 to 123) |", "| x | 2 |"]
-
-
-def test_only_what_stands_between_marks_is_replaced() -> None:
-    page = "a\n<!-- bench: goals -->\nold\n<!-- bench: end -->\nb\n"
-    filled = report.fill(page, {"goals": "new"})
-    assert filled == "a\n<!-- bench: goals -->\nnew\n<!-- bench: end -->\nb\n"
-    assert report.fill(filled, {"goals": "new"}) == filled
-    with pytest.raises(KeyError, match="goals"):
-        report.fill(page, {})
-
-
-def test_the_picture_is_the_same_for_the_same_numbers() -> None:
-    results = {"prefix": result(**{"shared-prefix": common.answer([4.0, 5.0])})}
-    drawn = picture.draw(goals.summarise(results), results)
-    assert drawn == picture.draw(goals.summarise(results), results)
-    assert "shared-prefix" in drawn
-    assert "shared-prefix" not in picture.draw(goals.summarise({}), {})
 
 
 def test_a_script_that_fails_leaves_no_older_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,13 +217,6 @@ def test_a_script_that_fails_leaves_no_older_figure(tmp_path: Path, monkeypatch:
 # Like with like.
 
 
-@pytest.mark.parametrize(("rows", "tokens", "expected"), [(64, 11, (64, 1)), (64, 128, (32, 2)), (16, 512, (8, 2))])
-def test_passes_keep_within_their_bound(rows: int, tokens: int, expected: tuple[int, int]) -> None:
-    size, parts = material.passes(rows, tokens)
-    assert (size, parts) == expected
-    assert size * parts == rows
-
-
 def test_the_peer_reads_the_tokens_that_we_read(causal: Backbone) -> None:
     template = "[P*3] [X] [P*3] [Y]"
     items = items_of(causal, template, RECORDS)
@@ -312,95 +229,6 @@ def test_the_peer_reads_the_tokens_that_we_read(causal: Backbone) -> None:
         assert row.ids[-row.scored :] == item.choices[0].target_ids[:own]
         labels = row.labelled()["labels"]
         assert labels == [peer.IGNORED] * (len(row.ids) - own) + list(row.ids[-own:])
-
-
-def test_the_peer_learns_the_right_label(causal: Backbone) -> None:
-    words = LabelWords({"good": ("great",), "bad": ("terrible film",)})
-    records = as_records([{"text": "the movie was", "y": "bad"}, {"text": "a film", "y": "good"}])
-    items = question_items(bound(causal, "{text} is [Y]"), as_questions(records), AnswerSpace(words))
-    read = [causal.tokenizer.decode(row.ids[-row.scored :]) for row in peer.rows_of(items)]
-    assert [text.strip() for text in read] == ["terrible film", "great"]
-
-
-def test_records_have_the_length_that_is_asked_for(causal: Backbone) -> None:
-    texts = [record["text"] for record in material.passages(causal, [12, 40], seed=0)]
-    assert [len(ids) for ids in causal.tokenizer.encode(texts)] == pytest.approx([12, 40], abs=1)
-    assert material.passages(causal, [12], seed=0) == material.passages(causal, [12], seed=0)
-    assert material.passages(causal, [12], seed=0) != material.passages(causal, [12], seed=1)
-
-
-def test_no_country_stands_in_both_parts() -> None:
-    train, dev = material.country_sentences(train=160, dev=120, seed=0)
-    assert (len(train), len(dev)) == (160, 120)
-    capitals = {row["y"]: row["x"] for row in material.every("capitals")}
-
-    def countries(rows: Any) -> set[str]:
-        return {country for row in rows for country in capitals.values() if f" {country}" in f" {row['text']}"}
-
-    both = countries(train) & countries(dev)
-    # A name may stand inside of another one (Guinea, Niger); a whole sentence never stands in both.
-    assert len(both) < 10
-    assert not {row["text"] for row in train} & {row["text"] for row in dev}
-    assert {row["y"] for row in train} == {row["y"] for row in dev} == set(material.CONTINENTS.words)
-
-
-def test_steps_are_timed_without_what_surrounds_them(causal: Backbone) -> None:
-    items = items_of(causal, material.FACTS_TEMPLATE, RECORDS)
-    clock = material.StepClock(causal.device)
-    assert clock.seconds == 0.0
-    seconds = material.train_seconds(causal, bound(causal, material.FACTS_TEMPLATE), items, batch_size=2)
-    assert 0 < seconds < 60
-    assert 0 < material.bare_seconds(causal, items, batch_size=2, slots=6) < 60
-    assert all(weight.grad is None for weight in causal.model.parameters())
-
-
-def test_steps_in_bfloat16_are_compared_where_the_processor_has_units(
-    causal: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Elsewhere there is a reason instead of a figure. The worst size of batches stands for all."""
-    settings, backbones = common.Settings(smoke=True), {"float32": causal, "bfloat16": causal}
-    monkeypatch.setattr(arithmetic, "has_units", lambda: False)
-    none = common.no_answer("no units for bfloat16 on this processor")
-    assert arithmetic.steps_of(backbones, settings) == ([], none)
-    monkeypatch.setattr(arithmetic, "has_units", lambda: True)
-    rounds = iter(
-        (
-            {"float32": [4.0], "bfloat16": [2.0]},
-            {"float32": [3.0], "bfloat16": [2.0]},
-            {"float32": [9.0], "bfloat16": [3.0]},
-        )
-    )
-    monkeypatch.setattr(arithmetic, "interleave", lambda *_, **__: next(rounds))
-    rows, found = arithmetic.steps_of(backbones, settings)
-    assert [row["batch_size"] for row in rows] == [8, 16, 64]
-    assert (found["measured"], found["note"]) == (1.5, "by size of batches 8: 2.00, 16: 1.50, 64: 3.00; 1 round")
-
-
-def test_the_peer_runs_in_its_best_format(causal: Backbone) -> None:
-    """Whichever that is; and only where ours is chosen by ``auto``."""
-    rates, peers = {"ptuning": [6.0, 8.0], "a": [4.0, 5.0], "b": [3.0, 4.0]}, ["a", "b"]
-    found = training.best_format_answer(rates, peers, causal, common.Settings())
-    assert (found["low"], found["high"]) == (1.5, 1.6)
-    assert "ptuning in float32; best of the peer: a" in str(found["note"])
-    assert training.best_format_answer(rates, [], causal, common.Settings()) == common.no_answer(peer.MISSING)
-    other = common.Settings(dtype="float32")
-    assert training.best_format_answer(rates, peers, causal, other) == common.no_answer("asks for --dtype auto")
-    assert training.own_formats(causal, other) == {}
-
-
-def test_the_peer_has_the_attention_of_its_users(monkeypatch: pytest.MonkeyPatch, model_folder: Any) -> None:
-    """The models that it runs on in formats of its own have transformers' attention, ours stay as they are."""
-    monkeypatch.setattr(training, "is_installed", lambda: True)
-    monkeypatch.setattr(training, "has_units", lambda: True)
-    settings = common.Settings(backbone=str(model_folder("llama")), device="cpu")
-    ours = material.backbone_of(settings)
-    found = training.own_formats(ours, settings)
-    assert {name: str(one.dtype) for name, one in found.items()} == {
-        "peft, float32": "torch.float32",
-        "peft, bfloat16": "torch.bfloat16",
-    }
-    attends = [[getattr(part, MARK) for part in one.model.modules()] for one in (ours, *found.values())]
-    assert [any(marks) for marks in attends] == [True, False, False]
 
 
 @needs_peer
@@ -440,13 +268,3 @@ def reordered(example: Any) -> Any:
     rest = [token for at, token in enumerate(example.token_ids) if at not in example.slot_positions]
     count = len(example.slot_positions)
     return replace(example, token_ids=(*([0] * count), *rest), slot_positions=tuple(range(count)))
-
-
-def test_a_soak_tells_a_leak_from_what_fills_at_the_start_and_from_peaks() -> None:
-    """The first quarter fills caches; behind it 40 MB an hour are seen, and peaks are not taken for them."""
-    flat = [(float(at), 1_000_000_000 + min(at, 900) * 100_000) for at in range(0, 3600, 5)]
-    found = soak.trend([(at, size + 200_000_000 * (at % 60 == 0)) for at, size in flat])
-    assert found == {"first_mb": 1090.0, "last_mb": 1090.0, "most_mb": 1290.0, "mb_per_hour": 0.0}
-    leaks = soak.trend([(at, size + int(at / 3600 * 40e6)) for at, size in flat])
-    assert leaks["mb_per_hour"] == pytest.approx(40, rel=0.01)
-    assert leaks["last_mb"] - leaks["first_mb"] == pytest.approx(22.5, rel=0.02)
