@@ -1,4 +1,4 @@
-"""Convert LAMA-style relation data to the layout that `ptuning lama` and `ptuning paraphrases` read.
+"""Convert LAMA-style relation data to the layout that `ptuning compare --suite lama` reads.
 
     python scripts/convert_lama.py FOLDER NEW_FOLDER
     python scripts/convert_lama.py hub:NAME[:CONFIG[:SPLIT]] NEW_FOLDER

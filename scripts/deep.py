@@ -56,7 +56,7 @@ def summary(folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
     return {
         "command": command,
         "dtype": results["backbone"]["dtype"],
-        "deep_lr": results["settings"]["deep_lr"],
+        "deep_lr": results["settings"].get("deep_lr"),
         "scores": {task: {name: short(one) for name, one in found.items()} for task, found in results["tasks"].items()},
         "macro": {name: short(one) for name, one in results["macro"].items()},
         "differences": {name: short(one) for name, one in results["differences"].items()},

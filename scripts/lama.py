@@ -1,4 +1,4 @@
-"""Turn results of ``ptuning lama`` into docs/evidence/lama.json, and the tables and picture of docs/evidence/paper.md.
+"""Turn results of LAMA into docs/evidence/lama.json, and the tables and picture of docs/evidence/paper.md.
 
 Usage: python scripts/lama.py RESULTS.JSON [RESULTS.JSON ...]
 

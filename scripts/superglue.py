@@ -1,4 +1,4 @@
-"""Turn results of ``ptuning superglue`` into docs/evidence/superglue.json and the tables of docs/evidence/superglue.md.
+"""Turn results of SuperGLUE into docs/evidence/superglue.json and the tables of docs/evidence/superglue.md.
 
 Usage: python scripts/superglue.py RESULTS.JSON [RESULTS.JSON ...]
 

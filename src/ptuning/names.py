@@ -48,7 +48,6 @@ HTML_FILE, MARKDOWN_FILE, PICTURES_FOLDER, TABLES_FOLDER = "report.html", "repor
 # The identity of a cell that is not finished. With other settings, its checkpoints must not be resumed.
 STARTED_FILE = "started.json"
 # Answers to rows without labels, such as the test split of SuperGLUE.
-UNLABELLED_FILE = "unlabelled.jsonl"
 
 # Means every method where a list of methods is asked for.
 ALL_METHODS = "all"
@@ -143,7 +142,6 @@ CELL = Owned(
         RUN_FILE: _keys("format_version", "task"),
         STARTED_FILE: _keys("identity"),
         PREDICTIONS_FILE: _ROWS,
-        UNLABELLED_FILE: _ROWS,
     },
     folders={"try-#": RUN},
 )

@@ -64,13 +64,8 @@ def test_methods_stand_in_the_order_of_the_tables(causal: Backbone) -> None:
 
     assert names("p-tuning, manual,manual,") == names(["p-tuning", "manual"]) == ["manual", "p-tuning"]
     assert names("all") == names(["all"]) == METHODS.every
-    controls = [f"{name}@random-weights" for name in METHODS.every[4:]]
-    assert names("all", control=True) == [*METHODS.every, *controls]
-    assert names("manual,p-tuning", control=True) == ["manual", "p-tuning", "p-tuning@random-weights"]
-    # A control that is asked for by name is not controlled once more.
-    one = "p-tuning@random-weights"
-    assert names(f"{one},p-tuning", control=True) == names(f"p-tuning,{one}") == ["p-tuning", one]
-    assert names(one, control=True) == [one]
+    control = "p-tuning@random-weights"
+    assert names(f"{control},p-tuning") == names(f"p-tuning,{control}") == ["p-tuning", control]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +100,18 @@ def test_what_results_say_about_a_run(causal: Backbone, tmp_path: Path) -> None:
     def with_warning(results: Results, cells: Sequence[CellResult]) -> Results:
         return replace(results, warnings=[TrainingWarning(**vars(one.cell), text=one.status) for one in cells[:1]])
 
-    found = run(causal, tmp_path, command="ptuning lama", seeds=2, tries=3, more=with_warning)
+    found = run(causal, tmp_path, command="ptuning lama", seeds=2, more=with_warning)
     about = saved(tmp_path)
     assert about["command"] == "ptuning lama"
     assert {"name": causal.name, "fingerprint": causal.fingerprint, "dtype": "float32"}.items() <= about[
         "backbone"
     ].items()
-    assert {"limit": 3, "seeds": 2, "tries": 3, "epochs": 1}.items() <= about["settings"].items()
+    assert {"limit": 3, "seeds": 2, "seed": 0}.items() <= about["settings"].items()
+    # Neither trains, so that no setting of training acts.
+    assert not {"tries", "epochs", "encoder"} & about["settings"].keys()
+    for given in ({"tries": 3}, {"explicit": ["epochs"]}):
+        with pytest.raises(ConfigError, match="majority, manual"):
+            run(causal, tmp_path, **given)
     assert about["task_info"] == {"P1": {"label": "P1"}}
     assert about["methods"]["manual"] == {
         "describe": "the manual prompt (MP)", "trained": False, "learns_slots": False,

@@ -166,7 +166,7 @@ def test_each_method_is_varied_by_what_it_depends_on(causal: Backbone) -> None:
         ({"encoder": ["gru"]}, "setting 'encoder' is 'gru'; it must be one of lstm, mlp, none"),
         ({"encodr": ["mlp"]}, r"unknown setting 'encodr'\. Did you mean 'encoder'\?"),
         ({"seed": [1]}, "the setting 'seed' is not varied: --seeds N repeats"),
-        ({"lora_rank": [2]}, "none of the methods manual, p-tuning depends on 'lora_rank'"),
+        ({"lora_rank": [2]}, "'lora_rank' has no effect on the methods manual, p-tuning"),
         ({"lr": []}, "no value is given to vary 'lr' by"),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_trained_method_of_ones_own_is_in_tables_and_limits_of_the_report(
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "There is no control with random weights for prefix:" in page
     assert "A written or a learned prompt is missing" not in page
-    found = run(causal, tmp_path, methods=["manual", "prefix"], seeds=2, control=True)
+    found = run(causal, tmp_path, methods=["manual", "prefix", "prefix@random-weights"], seeds=2)
     assert list(found.tasks["task"]) == ["manual", "prefix", "prefix@random-weights"]
     assert "There is no control" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
@@ -584,7 +584,9 @@ def test_names_of_methods() -> None:
 
 def test_the_random_weights_control_differs_and_leaves_the_backbone_alone(causal: Backbone, tmp_path: Path) -> None:
     before = causal.fingerprint
-    found = run(causal, tmp_path, methods=["p-tuning", "fine-tuning"], control=True)
+    found = run(
+        causal, tmp_path, methods=["p-tuning", "fine-tuning", "p-tuning@random-weights", "fine-tuning@random-weights"]
+    )
     assert list(found.tasks["task"]) == [
         "p-tuning", "fine-tuning", "p-tuning@random-weights", "fine-tuning@random-weights",
     ]  # fmt: skip

@@ -24,7 +24,6 @@ EPOCH = ("--set", "epochs=1")
 QUICK = {
     "train": EPOCH,
     "compare": (*EPOCH, "--train-size", "20"),
-    "lama": (*EPOCH, "--limit", "20"),
     "demo": EPOCH,
 }
 # Files that a page calls the reader's own, and where the reader has them from here.

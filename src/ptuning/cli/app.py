@@ -17,12 +17,12 @@ from typer.core import TyperGroup
 
 from ptuning.cli import terminal
 from ptuning.cli.commands import (
+    compare,
     data,
     demo,
     doctor,
     estimate,
     exchange,
-    experiments,
     fleet,
     generate,
     predict,
@@ -178,10 +178,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "demo": demo.demo,
     "estimate": estimate.estimate,
     "fleet": fleet.fleet,
-    "compare": experiments.compare,
-    "lama": experiments.lama,
-    "superglue": experiments.superglue,
-    "report": experiments.report,
+    "compare": compare.compare,
+    "report": compare.report,
     "template show": data.show_template,
     "task list": tasks.list_tasks,
     "task show": tasks.show_task,
@@ -201,7 +199,7 @@ TITLES: Mapping[str, Sequence[str]] = {
         "fleet",
         "demo",
     ),
-    "Compare methods": ("compare", "lama", "superglue", "report"),
+    "Compare methods": ("compare", "report"),
     "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
 }
 GROUPS: Mapping[str, str] = {

@@ -58,7 +58,7 @@ def _facts_of(job: CellJob) -> str:
     parts = {"train": job.task.train, "dev": job.task.dev, "test": job.test}
     kept = ", ".join(f"{len(part):,} {part_name}" for part_name, part in parts.items())
     lost = sum(count for count in dropped.values() if isinstance(count, int))
-    remedies = {"object is not one token": " (--targets any keeps these)"} if name == job.task.name else {}
+    remedies = {"object is not one token": " (--arg targets=any keeps these)"} if name == job.task.name else {}
     why = ", ".join(f"{count:,} {reason}{remedies.get(reason, '')}" for reason, count in dropped.items())
     return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}" if why else "")
 

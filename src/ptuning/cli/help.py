@@ -15,14 +15,14 @@ from ptuning.cli import terminal
 OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "What to learn": (
         "template", "manual", "template_file", "about", "pattern", "labels", "merge", "tune", "keep", "encoder",
-        "starts", "methods", "method", "chat", "system", "examples", "control", "vocabulary",
+        "starts", "methods", "method", "chat", "system", "examples", "vocabulary",
     ),
     "Data": (
-        "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",
-        "gather", "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
+        "data", "suite", "arg", "dev", "test", "task", "field", "record", "candidates",
+        "gather", "strict", "train_size", "split", "max_length", "config",
     ),
     "Training": (
-        "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "vary", "resume", "at_once",
+        "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "set", "vary", "resume", "at_once",
         "measure_ceiling",
     ),
     "Answers": (
@@ -30,7 +30,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "temperature", "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop",
         "without", "force", "metrics", "by",
     ),
-    "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
+    "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv"),
     "Server": (
         "prompts", "url", "host", "port", "api_key_file", "admin_key_file", "open_to_all", "queue_rows", "drain",
         "access_log", "engine", "engine_url", "engine_key_file",

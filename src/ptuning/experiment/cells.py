@@ -30,9 +30,8 @@ class CellJob:
     """A task with its ``test`` part, which no method sees.
 
     ``info`` is the task's entry in ``task_info`` of ``results.json``. Scores are averaged over each ``type`` as well.
-    ``by_seed`` has the tasks with the parts that a seed draws. The ``unlabelled`` rows are answered as well, for a
-    benchmark's server. ``notes`` are what a user should know before it runs. Test records are also scored by each
-    value of the field ``by``.
+    ``by_seed`` has the tasks with the parts that a seed draws. ``notes`` are printed before it runs. Test records are
+    also scored by each value of the field ``by``.
     """
 
     task: Task
@@ -40,7 +39,6 @@ class CellJob:
     info: Mapping[str, Json]
     type: str | None = None
     by_seed: Mapping[int, Task] = dataclasses.field(default_factory=dict)
-    unlabelled: Questions | None = None
     notes: Sequence[str] = ()
     by: str | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ptuning.files import Json, make_folder
 from ptuning.method.base import Method
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import tried_factors
-from ptuning.names import ALL_METHODS, COMPARISON, RANDOM_WEIGHTS, REPORT, check_writable, sweep
+from ptuning.names import ALL_METHODS, COMPARISON, REPORT, check_writable, sweep
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
 from ptuning.report.results_file import MethodInfo, Results
@@ -31,6 +31,8 @@ from ptuning.workers.crew import Workers
 from ptuning.workers.units import Unit, WorkPart
 
 # The files of a comparison beside its cells, which each unit keeps tidy itself: others may be at work in them.
+# Settings that act in every comparison: draws, splits and the length of rows.
+ALWAYS = ("seed", "dev_fraction", "max_length")
 REPORT_FILES = replace(COMPARISON, folders=REPORT.folders)
 
 
@@ -58,8 +60,8 @@ class PlanOptions(TypedDict, total=False):
     methods: Sequence[str] | str | None
     seeds: int
     tries: int
-    control: bool
     config: TrainConfig | None
+    explicit: Collection[str]
     vary: Mapping[str, Sequence[Setting]]
     overwrite: bool
     dry_run: bool
@@ -80,8 +82,8 @@ class Plan:
         methods: Names of :data:`ptuning.methods`, or ``all``; by default those that the suite runs.
         seeds: Number of seeds. The first one is the seed of ``config``.
         tries: Number of settings that each trained method tries.
-        control: Whether each trained method also runs on a backbone with random weights.
         config: Training settings.
+        explicit: Names of settings that a user gave; each must have an effect on one of the methods.
         vary: Setting -> other values of it. Each trained method that depends on it runs with each of them as well, as
             a method of its own (``p-tuning encoder=mlp``); one setting is varied at a time.
         overwrite: Whether to replace results that were made with other settings.
@@ -101,8 +103,8 @@ class Plan:
     methods: Sequence[str] | str | None = None
     seeds: int = 1
     tries: int = 1
-    control: bool = False
     config: TrainConfig = field(default_factory=TrainConfig)
+    explicit: Collection[str] = ()
     vary: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     overwrite: bool = False
     dry_run: bool = False
@@ -123,9 +125,15 @@ class Plan:
         check_varied(self.vary, self.config)
         if not self.method_names:
             raise ConfigError(f"there are no methods to compare; known: {ALL_METHODS}, {', '.join(METHODS)}")
-        for setting in self.vary:
-            if not any(METHODS.find(name).depends_on(setting) for name in self.method_names):
-                raise ConfigError(f"none of the methods {', '.join(self.method_names)} depends on '{setting}'")
+        for setting in (*self.vary, *self.explicit):
+            if not self.acts(setting):
+                raise ConfigError(f"'{setting}' has no effect on the methods {', '.join(self.method_names)}")
+        if self.tries > 1 and not any(METHODS.find(name).trained for name in self.method_names):
+            raise ConfigError(f"tries is {self.tries}, and none of {', '.join(self.method_names)} is trained")
+
+    def acts(self, setting: str) -> bool:
+        """Whether a setting changes the results of any method."""
+        return setting in ALWAYS or any(METHODS.find(name).depends_on(setting) for name in self.method_names)
 
     @classmethod
     def of(cls, suite: str, **options: Unpack[PlanOptions]) -> Plan:
@@ -144,9 +152,6 @@ class Plan:
         asked = METHODS.default_for(self.suite) if self.methods is None else listed_names(self.methods)
         chosen = [METHODS.find(name) for name in (METHODS.every if asked == [ALL_METHODS] else asked)]
         names = [name for method in chosen for name in (method.name, *self._variants(method))]
-        if self.control:
-            trained = [method.name for method in chosen if method.trained and not re.search("[ @]", method.name)]
-            names += [name + RANDOM_WEIGHTS for name in trained]
         plain = list(METHODS)
         # Variants stay in the order in which they are given.
         return sorted(
@@ -277,9 +282,9 @@ def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Re
         settings={
             **settings,
             "seeds": plan.seeds,
-            "tries": plan.tries,
+            **({"tries": plan.tries} if any(method.trained for method in suite.methods.values()) else {}),
             **({"vary": {name: list(values) for name, values in plan.vary.items()}} if plan.vary else {}),
-            **plan.config.to_json(),
+            **{name: value for name, value in plan.config.to_json().items() if plan.acts(name)},
         },
         versions=dict(versions()),
         task_info={name: job.info for name, job in suite.jobs.items()},

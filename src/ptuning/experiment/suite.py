@@ -30,7 +30,7 @@ from ptuning.experiment.cells import (
     mean_seconds,
     saved_identity,
 )
-from ptuning.files import Json, Unchecked, make_folder, read_json, read_json_lines, sha256, write_json
+from ptuning.files import Json, Unchecked, make_folder, read_json, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer
@@ -44,7 +44,6 @@ from ptuning.names import (
     RESULTS_FILE,
     RUN_FILE,
     STARTED_FILE,
-    UNLABELLED_FILE,
     remove,
     sweep,
 )
@@ -359,9 +358,6 @@ class Suite:
             answers = [row.answer for row in read_answers(folder / PREDICTIONS_FILE)]
             if record["identity"] != self.identity(cell) or len(answers) != len(self.jobs[cell.task].test):
                 return None
-            unlabelled = self.jobs[cell.task].unlabelled
-            if unlabelled is not None and len(read_json_lines(folder / UNLABELLED_FILE)) != len(unlabelled):
-                return None
             seconds = Unchecked(record).at("seconds").number()
             return replace(self._result(cell, answers, record, seconds), was_there=True)
         except (PTuningError, ValueError, KeyError, TypeError):
@@ -396,8 +392,6 @@ class Suite:
         """Return what the result of a cell depends on."""
         job, method = self.jobs[cell.task], self.methods[cell.method]
         task, parts = job.task_of(cell.seed), self._parts(cell)
-        if job.unlabelled is not None:
-            parts["unlabelled"] = job.unlabelled
         settings: dict[str, Json] = dict(self.config_of(cell).to_json()) if method.trained else {}
         found = identity(
             {**settings, "seed": cell.seed},
@@ -464,8 +458,6 @@ class Suite:
         self._start(cell)
         solution = self.methods[cell.method].fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
-        if job.unlabelled is not None:
-            write_answers(folder / UNLABELLED_FILE, answered_rows(job.unlabelled, solution.answer(job.unlabelled)))
         result = self._result(cell, answers, solution.record, time.monotonic() - began)
         write_answers(folder / PREDICTIONS_FILE, answered_rows(job.test, answers))
         write_json(folder / RUN_FILE, self._record(cell, result, solution.record))

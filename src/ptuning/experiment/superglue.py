@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from typing_extensions import Unpack
 
-from ptuning.config import Tune, listed_names
+from ptuning.config import listed_names
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, find_split, load_task
@@ -21,7 +20,7 @@ from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
-from ptuning.names import ALL_METHODS, ALONG, LEARNED
+from ptuning.names import ALL_METHODS
 from ptuning.provenance import described
 from ptuning.report.results_file import Agreement, ChosenSetting, Results, TrainingWarning
 from ptuning.statistics import correlation
@@ -40,8 +39,6 @@ def superglue(
     few_shot: int | None = None,
     pattern: int = 1,
     limit: int | None = None,
-    tune: Tune = "frozen",
-    server: bool = True,
     **options: Unpack[PlanOptions],
 ) -> Results:
     """Run the paper's SuperGLUE experiment. Finished cells of an earlier run are not run again.
@@ -56,9 +53,6 @@ def superglue(
         few_shot: Learn from this many examples, and choose by as many others. Each seed draws its own.
         pattern: The number of the task's pattern to use, from 1. No pattern is chosen by its score.
         limit: Report on a seeded draw of about this many rows.
-        tune: What ``p-tuning`` trains besides the prompt: ``frozen`` nothing, ``head`` a classification head,
-            ``tuned`` all weights, ``lora`` adapters.
-        server: Whether to answer the test split, if there is one, for the benchmark's server.
         **options: ``out``, ``backbone`` and the others of :class:`Plan`. The default of ``seeds`` is 3 here.
 
     Returns all scores; the files are in ``out``. A PTuningError if the data or the settings cannot be used; nothing
@@ -66,8 +60,8 @@ def superglue(
 
     Source: Liu et al. (2021), section 4.2; Schick and Schuetze (2021), arXiv:2009.07118, for the few-shot setting.
     """
-    options.setdefault("seeds", SEEDS)
-    options["methods"] = chosen_methods(options.get("methods"), tune=tune)
+    options["seeds"] = options.get("seeds") or SEEDS
+    options["methods"] = chosen_methods(options.get("methods"))
     plan = Plan.of(SUITE, **options)
     for name, value in {"few_shot": few_shot, "limit": limit}.items():
         if value is not None and value < 2:
@@ -79,27 +73,22 @@ def superglue(
             few_shot=few_shot,
             pattern=pattern,
             limit=limit,
-            server=server,
             seeds=range(plan.config.seed, plan.config.seed + plan.seeds),
             dev_fraction=plan.config.dev_fraction,
         )
         for file in asked_tasks(Path(data), tasks)
     ]
     counts = {"few_shot": few_shot, "pattern": pattern, "limit": limit}
-    settings: dict[str, Json] = {"data": str(data), **counts, "tune of p-tuning": tune}
+    settings: dict[str, Json] = {"data": str(data), **counts}
     return run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
 
 
-def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:
-    """Return names of methods, where ``p-tuning`` is the method that trains its prompt together with ``tune``."""
-    learned = {tune: LEARNED + along for tune, along in ALONG.items()}
-    if tune not in learned:
-        raise ConfigError(f"tune is '{tune}'; it must be one of {', '.join(get_args(Tune))}")
-    asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
-    if asked == [ALL_METHODS]:
+def chosen_methods(methods: Sequence[str] | str | None) -> list[str]:
+    """Return names of methods; ``all`` leaves out those that equal another one on tasks with labels or choices."""
+    names = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
+    if names == [ALL_METHODS]:
         return [name for name in METHODS.every if not METHODS[name].open_only]
-    plain = [name.partition("@") for name in asked]
-    return [(learned[tune] if name == LEARNED else name) + sign + control for name, sign, control in plain]
+    return names
 
 
 def asked_tasks(data: Path, tasks: Sequence[str] | str) -> list[TaskFile]:
@@ -134,7 +123,6 @@ def task_job(
     few_shot: int | None = None,
     pattern: int = 1,
     limit: int | None = None,
-    server: bool = True,
     dev_fraction: float = 0.2,
 ) -> CellJob:
     """Return a task with the parts that its folder has. The arguments are those of :func:`superglue`.
@@ -165,9 +153,6 @@ def task_job(
     tasks = {seed: Task(file.name, *parts, *pair, labels, file=file) for seed, parts in drawn.items()}
     task = tasks[seeds[0]]
     parts = {"train": task.train, "dev": task.dev, "test": test}
-    unlabelled = _optional(file, folder, "test", labelled=False) if server and limit is None else None
-    if unlabelled is not None:
-        parts["unlabelled"] = unlabelled
     info: dict[str, Json] = {
         "manual": str(task.manual),
         "template": str(task.template),
@@ -183,7 +168,7 @@ def task_job(
         "benchmark": SUITE if file.name in TASKS else None,
         "reported": "val" if val is not None else "dev",
     }
-    return CellJob(task, test, info, by_seed=tasks if few_shot is not None else {}, unlabelled=unlabelled)
+    return CellJob(task, test, info, by_seed=tasks if few_shot is not None else {})
 
 
 def _to_learn(
@@ -206,12 +191,12 @@ def _to_learn(
     return {seeds[0]: split_questions(train, fraction=dev_fraction, seed=seeds[0])}, how
 
 
-def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True) -> Questions | None:
+def _optional(file: TaskFile, folder: Path, split: str) -> Questions | None:
     try:
         path = find_split(folder, file, split)
     except FileError:
         return None
-    return file.read(path, labelled=labelled)
+    return file.read(path)
 
 
 def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -> Results:

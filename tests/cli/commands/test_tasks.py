@@ -13,7 +13,7 @@ from ptuning.cli.commands import tasks
 from ptuning.data.checks import Report
 from ptuning.data.task_files import load_task, shipped_names, shipped_tasks
 from ptuning.prompt.prompt import Prompt
-from tests.cli.commands.test_experiments import printed as printed
+from tests.cli.commands.test_compare import printed as printed
 from tests.cli.test_app import QUICK, call, fails, works
 
 TASK = """

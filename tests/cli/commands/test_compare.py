@@ -31,6 +31,7 @@ from tests.experiment.test_suite import timeless
 
 MANUAL = "[X] is [Y] ."
 QUICK = ("--epochs", "1", "--set", "batch_size=8")
+UNTRAINED = ("--methods", "majority,manual")
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +57,13 @@ def failing() -> Iterator[None]:
     del METHODS["failing"]
 
 
-def compare(llama: str, *options: object) -> tuple[object, ...]:
+def compare(llama: str, *options: object, quick: Sequence[object] = QUICK) -> tuple[object, ...]:
     data = ("--data", "train.jsonl", "--dev", "dev.jsonl", "--test", "test.jsonl", "--manual", MANUAL)
-    return ("compare", *data, "--backbone", llama, "--out", "out", *QUICK, *options)
+    return ("compare", *data, "--backbone", llama, "--out", "out", *quick, *options)
 
 
-def lama(llama: str, *options: object) -> tuple[object, ...]:
-    return ("lama", "--data", "LAMA", "--backbone", llama, "--out", "out", *QUICK, *options)
+def lama(llama: str, *options: object, quick: Sequence[object] = QUICK) -> tuple[object, ...]:
+    return ("compare", "--suite", "lama", "--data", "LAMA", "--backbone", llama, "--out", "out", *quick, *options)
 
 
 def saved(out: str = "out") -> Any:
@@ -75,21 +76,19 @@ def test_compare(llama: str) -> None:
     for number, method in enumerate(("majority", "manual", "manual-restricted", "in-context", "p-tuning"), start=1):
         assert f"{number}/5  train  {method}  seed 0: P@1 0." in done.err
         assert method in done.out
-    assert " s so far, 4 cells not timed yet\n" in done.err
     assert "train (n = records)" in done.out
     assert "p-tuning - manual: P@1 " in done.out
     assert "report:  out/report.html" in done.out
-    found = saved()
-    assert (found["suite"], list(found["tasks"])) == ("compare", ["train"])
-    assert found["command"].startswith("ptuning compare --data train.jsonl ")
-    assert found["settings"]["batch_size"] == 8
+    results = saved()
+    assert (results["suite"], list(results["tasks"])) == ("compare", ["train"])
+    assert results["command"].startswith("ptuning compare --data train.jsonl ")
+    assert results["settings"]["batch_size"] == 8
+    assert "lora_rank" not in results["settings"]  # settings that act on none of the methods
     assert list(Path("out/log").rglob("log.csv")) == [Path("out/log/p-tuning-seed-0/train/try-1/log.csv")]
     again = call(*compare(llama, "--log-to", "csv"))
     assert (again.code, again.out) == (0, done.out)  # nothing was left to do
-    note, template = again.err.splitlines()
-    assert note.startswith("4 distinct targets in 18 records: ")
-    assert template == "learned template: [P*3] [X] [P:is] [Y] ."
-    assert saved() == found
+    assert "learned template: [P*3] [X] [P:is] [Y] ." in again.err
+    assert saved() == results
 
 
 @pytest.mark.parametrize(
@@ -97,116 +96,136 @@ def test_compare(llama: str) -> None:
 )
 def test_a_task_is_named_after_its_file_and_stays_in_the_folder(llama: str, source: str, name: str) -> None:
     lines(Path(source), FACTS[:12])
-    works(*compare(llama, "--methods", "majority"), "--data", source)
+    works(*compare(llama, "--methods", "majority", quick=()), "--data", source)
     assert [path.name for path in Path("out/cells").iterdir()] == [name]
-    assert list(saved()["tasks"]) == [name]
 
 
 def test_lama_with_all_options(llama: str) -> None:
     Path("words.txt").write_text("yes\ngood\ngreat\n", encoding="utf-8")
+    Path("learn.txt").write_text("[P*2] [X]\n[P*2] [Y]\n", encoding="utf-8")
     out = works(
-        *lama(llama, "--methods", "majority,p-tuning", "--control", "random-weights", "--seeds", 2, "--tries", 2),
-        *("--relations", "1-1", "--vocabulary", "words.txt", "--limit", 12, "--train-size", 6, "--split-seed", 3),
-        *("--encoder", "none", "--starts", 2, "--template", "[P*2] [X] [P*2] [Y]", "--targets", "token", "--seed", 5),
+        *lama(llama, "--methods", "majority,p-tuning,p-tuning@random-weights", "--seeds", 2, "--arg", "tries=2"),
+        *("--task", "1-1", "--vocabulary", "words.txt", "--arg", "limit=12", "--train-size", 6),
+        *("--arg", "split-seed=3", "--arg", "targets=token", "--set", "encoder=none", "--set", "starts=2"),
+        *("--template", "@learn.txt", "--set", "seed=5"),
     )
     assert "P36 (n = records)" in out
     assert "p-tuning - p-tuning@random-weights: P@1" in out
-    found = saved()
-    assert [(cell["method"], cell["seed"], cell["tried"]) for cell in found["cells"]] == [
+    results = saved()
+    assert [(cell["method"], cell["seed"], cell["tried"]) for cell in results["cells"]] == [
         ("majority", 5, 1), ("p-tuning", 5, 2), ("p-tuning@random-weights", 5, 2),
         ("p-tuning", 6, 2), ("p-tuning@random-weights", 6, 2),
     ]  # fmt: skip
-    assert found["task_info"]["P36"]["data"]["train"]["rows"] == 6
+    task = results["task_info"]["P36"]
+    assert (task["data"]["train"]["rows"], task["template"]) == (6, "[P*2] [X]\n[P*2] [Y]")
     wanted = {"limit": 12, "train_size": 6, "split_seed": 3, "seeds": 2, "tries": 2, "starts": 2, "encoder": "none"}
-    assert wanted.items() <= found["settings"].items()
+    assert wanted.items() <= results["settings"].items()
 
 
 def test_lama_on_several_relations_prints_means(llama: str) -> None:
-    out = works(*lama(llama, "--methods", "majority,manual"))
+    out = works(*lama(llama, *UNTRAINED, quick=()))
     assert "mean over 2 tasks (n = tasks)" in out
     assert "N-1 (n = tasks)" in out
     assert "P17 (n = records)" in out
 
 
 def test_own_facts_and_a_line_for_each_relation(llama: str) -> None:
-    """How many facts are left is said before anything runs, in a dry run too."""
+    """The number of facts left is printed before anything runs, in a dry run too."""
     long = [{"land": f"Peru {at}", "town": "a good film"} for at in range(3)]
     own = [{"relation": "P1", "land": row["sub_label"], "town": row["obj_label"]} for row in ROWS]
     lines(
         Path("own.jsonl"),
         [*own, *({"relation": "P2", **row} for row in long), *({**row, "relation": "P2"} for row in own)],
     )
-    args = ("--data", "own.jsonl", "--field", "sub_label=land", "--field", "obj_label=town", "--backbone", llama)
-    fails(
-        "lama", *args, "--out", "o", says=["P1 has no manual template (own.jsonl)", '--manual "The ... of [X] is [Y]"']
+    args: tuple[object, ...] = (
+        "compare",
+        "--suite",
+        "lama",
+        "--data",
+        "own.jsonl",
+        "--backbone",
+        llama,
+        *UNTRAINED,
+        "--out",
+        "o",
     )
-    whole = ("lama", *args, "--manual", "[X] is [Y]", "--methods", "majority,manual", "--out", "o")
-    for more in (("--dry-run",), ()):
-        done = call(*whole, *more)
-        assert done.code == 0, done.err
-        assert "P1: 20 of 20 facts kept: 12 train, 4 dev, 4 test\n" in done.err
-        assert "P2: 20 of 23 facts kept: " in done.err
-        assert " test; dropped: 3 object is not one token (--targets any keeps these)\n" in done.err
-    assert list(saved("o")["tasks"]) == ["P1", "P2"]
+    args = (*args, "--field", "sub_label=land", "--field", "obj_label=town")
+    fails(*args, says=["P1", "own.jsonl", "--manual"])
+    done = call(*args, "--manual", "[X] is [Y]", "--dry-run")
+    assert done.code == 0, done.err
+    assert "P1: 20 of 20 facts kept: 12 train, 4 dev, 4 test\n" in done.err
+    assert "P2: 20 of 23 facts kept: " in done.err
+    assert "dropped: 3 object is not one token (--arg targets=any keeps these)\n" in done.err
+    assert not Path("o").exists()
 
 
-def test_templates_of_a_comparison_come_from_a_file(llama: str) -> None:
-    """With line breaks as they are: one with slots is the one to learn, one without is the manual one."""
-    Path("learn.txt").write_text("Country: [X]\n[P*2] [Y]\n", encoding="utf-8")
-    Path("manual.txt").write_text("Country: [X]\nCapital: [Y]\n", encoding="utf-8")
-    args = (*compare(llama, "--methods", "manual"), "--dry-run")
-    learned = call(*args, "--template-file", "learn.txt")
-    assert (learned.code, "learned template" in learned.err) == (0, False), learned.err
-    fails(*args, "--template-file", "manual.txt", says=["manual.txt (--template-file) has no slots", "so is --manual"])
-    more = ("--template", "[P] [X] [Y]")
-    fails(*args, *more, "--template-file", "learn.txt", says=["learn.txt (--template-file) has slots", "is --template"])
-    data = ("--data", "train.jsonl", "--test", "test.jsonl", "--backbone", llama, *QUICK)
-    works("compare", *data, "--template-file", "manual.txt", "--methods", "manual,p-tuning", "--out", "a")
-    works("compare", *data, "--template-file", "learn.txt", "--manual", MANUAL, "--methods", "p-tuning", "--out", "b")
-    works(*lama(llama, "--relations", "P36", "--methods", "p-tuning", "--template-file", "learn.txt"))
-    found = [next(iter(saved(out)["task_info"].values())) for out in ("a", "b", "out")]
-    assert [(one["manual"], one["template"]) for one in found] == [
-        ("Country: [X]\nCapital: [Y]", "[P:Country:] [X]\n[P:Capital:] [Y]"),
-        (MANUAL, "Country: [X]\n[P*2] [Y]"),
-        (found[2]["manual"], "Country: [X]\n[P*2] [Y]"),
-    ]
+def test_superglue(llama: str) -> None:
+    labels = ("entailment", "contradiction", "neutral")
+    for part, count in (("train", 12), ("dev32", 12), ("val", 9)):
+        rows = [
+            {"premise": f"{part} {at}", "hypothesis": "a film", "label": labels[at % 3], "idx": at}
+            for at in range(count)
+        ]
+        lines(Path("GLUE/CB") / f"{part}.jsonl", rows)
+    command: tuple[object, ...] = (
+        "compare",
+        "--suite",
+        "superglue",
+        "--data",
+        "GLUE",
+        "--backbone",
+        llama,
+        "--out",
+        "out",
+        *QUICK,
+    )
+    command = (*command, "--methods", "majority,p-tuning")
+    done = call(*command, "--task", "CB", "--seeds", 2)
+    assert done.code == 0, done.err
+    assert "1/3  CB  majority  seed 0: score 0." in done.err
+    assert "macro F1  [95 % interval]" in done.out
+    assert "confusion of CB, p-tuning, 2 seeds added up: a row for each target" in done.out
+    assert Path("out/pictures/confusion-1.svg").is_file()
+    results = saved()
+    assert (results["suite"], results["settings"]["few_shot"]) == ("superglue", None)
+    again = call(*command, "--task", "CB", "--seeds", 2)
+    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
+    works(*command, "--train-size", "8", "--overwrite", "--seeds", 1)
+    assert saved()["settings"]["few_shot"] == 8
+    assert saved()["task_info"]["CB"]["data"]["train"]["rows"] == 8
+    fails(*command, "--task", "CBB", says=["'CBB'"])
 
 
-def test_report_is_made_again_of_the_json_alone(llama: str) -> None:
-    works(*compare(llama, "--methods", "majority,manual"))
-    pages = {path.name: path.read_bytes() for path in Path("out").glob("report.*")}
+def test_reports_are_made_again_of_the_json_and_over_folders(llama: str) -> None:
+    for name in ("lstm", "none"):
+        out = works(
+            *compare(llama, "--methods", "manual,p-tuning", "--set", f"encoder={name}"), "--out", f"runs/{name}"
+        )
+        assert f"report:  runs/{name}/report.html" in out
+    pages = {path.name: path.read_bytes() for path in Path("runs/lstm").glob("report.*")}
     for name in pages:
-        Path("out", name).unlink()
-    assert works("report", "out") == "out/report.html\n"
-    assert {path.name: path.read_bytes() for path in Path("out").glob("report.*")} == pages
+        Path("runs/lstm", name).unlink()
+    assert works("report", "runs/lstm") == "runs/lstm/report.html\n"
+    assert {path.name: path.read_bytes() for path in Path("runs/lstm").glob("report.*")} == pages
+    assert works("report", "runs/lstm", "runs/none", "--latex", "--csv") == "runs/report/report.html\n"
+    assert Path("runs/report/tables/table-01-scores.tex").is_file()
+    assert Path("runs/report/tables/table-01-scores.csv").is_file()
+    assert works("report", "runs/lstm", "runs/none", "--out", "both") == "both/report.html\n"
+    assert "| p-tuning (lstm) - p-tuning (none) |" in Path("both/report.md").read_text(encoding="utf-8")
+    Path("mine").mkdir()
+    Path("mine/report.html").write_text("mine", encoding="utf-8")
+    fails("report", "runs/lstm", "runs/none", "--out", "mine", says=["mine/report.html"])
+    fails("report", "missing", says=["missing"])
 
 
 def test_an_ablation_is_further_columns_of_one_table(llama: str) -> None:
     out = works(*compare(llama, "--methods", "manual,p-tuning", "--vary", "encoder=mlp,none"))
     assert "p-tuning - p-tuning encoder=mlp: P@1 " in out
     assert list(saved()["methods"]) == ["manual", "p-tuning", "p-tuning encoder=mlp", "p-tuning encoder=none"]
-    assert works("report", "out") == "out/report.html\n"
-    fails(*compare(llama, "--vary", "encoder=gru"), says=["setting 'encoder' is 'gru'; it must be one of lstm, mlp"])
-
-
-def test_a_report_over_folders_with_tables_for_a_paper(llama: str) -> None:
-    for name in ("lstm", "none"):
-        works(*compare(llama, "--methods", "manual,p-tuning", "--encoder", name), "--out", f"runs/{name}")
-    out = works("report", "runs/lstm", "runs/none", "--latex", "--csv")
-    assert out == "runs/report/report.html\n"
-    assert Path("runs/report/tables/table-01-scores.tex").is_file()
-    assert Path("runs/report/tables/table-01-scores.csv").is_file()
-    assert works("report", "runs/lstm", "runs/none", "--out", "both") == "both/report.html\n"
-    assert "| p-tuning (lstm) - p-tuning (none) |" in Path("both/report.md").read_text(encoding="utf-8")
-    assert works("report", "runs/lstm", "--csv") == "runs/lstm/report.html\n"
-    assert Path("runs/lstm/tables/table-01-scores.csv").is_file()
-    Path("mine").mkdir()
-    Path("mine/report.html").write_text("mine", encoding="utf-8")
-    fails("report", "runs/lstm", "runs/none", "--out", "mine", says=["mine/report.html is in the way"])
 
 
 def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
-    works(*compare(llama, "--methods", "manual"))
+    works(*compare(llama, "--methods", "manual", quick=()))
     before = saved()
     out = works(*compare(llama, "--methods", "manual,p-tuning", "--seeds", 2, "--dry-run"))
     assert "train  manual  seed 0: finished\n" in out
@@ -219,46 +238,54 @@ def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
 
 @pytest.mark.usefixtures("failing")
 def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> None:
-    done = call(*compare(llama, "--methods", "failing,manual"))
+    done = call(*compare(llama, "--methods", "failing,manual", quick=()))
     assert done.code == 1
-    assert "seed 0: failed: one by [none]; " in done.err
     assert "failed: cells/train/failing/seed-0: one by [none]\n" in done.out
     assert "Traceback" not in done.err
     assert {cell["method"]: cell["status"] for cell in saved()["cells"]} == {"failing": "failed", "manual": "done"}
-    assert call(*compare(llama, "--methods", "failing")).code == 1  # nothing to make a table of
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--methods", "p-tunning"), ["unknown method 'p-tunning'", "Did you mean 'p-tuning'?"]),
-        (("--methods", ","), ["there are no methods to compare"]),
-        (("--control", "shuffled"), ["--control is random-weights, not 'shuffled'"]),
-        (("--tries", "9"), ["tries is 9", "from 1 to 5"]),
-        (("--set", "tune=tuned"), ["tune is 'tuned'", "fine-tuning"]),
-        (("--set", "epoch=3"), ["unknown setting 'epoch'", "epochs"]),
-        (("--vocabulary", "words.txt"), ["no such data file: words.txt"]),
-        (("--template", "[X] [Y]"), ["has no slots"]),
+        (("--methods", "p-tunning"), ["'p-tunning'", "'p-tuning'"]),
+        (("--methods", ","), ["no methods"]),
+        (("--arg", "tries=9"), ["9", "5"]),
+        (("--arg", "trys=2"), ["'trys'", "'tries'"]),
+        (("--set", "tune=tuned"), ["tune", "fine-tuning"]),
+        (("--set", "epoch=3"), ["'epoch'", "epochs"]),
+        (("--vary", "encoder=gru"), ["encoder", "'gru'"]),
+        (("--vocabulary", "words.txt"), ["words.txt"]),
+        (("--template", "[X] [Y]"), ["no slots"]),
+        # Options without effect on any of the methods.
+        ((*UNTRAINED, "--epochs", "50"), ["epochs", "majority"]),
+        ((*UNTRAINED, "--set", "encoder=none"), ["encoder"]),
+        ((*UNTRAINED, "--arg", "tries=3"), ["tries"]),
+        (("--methods", "p-tuning", "--set", "lora_rank=3"), ["lora_rank"]),
+        (("--methods", "fine-tuning", "--vary", "lora_rank=3"), ["lora_rank"]),
     ],
 )
-def test_what_both_commands_refuse(llama: str, options: tuple[str, ...], says: list[str]) -> None:
-    fails(*compare(llama, *options), says=says)
-    fails(*lama(llama, *options), says=says)
+def test_what_comparisons_refuse(llama: str, options: tuple[str, ...], says: list[str]) -> None:
+    fails(*compare(llama, *options, quick=()), says=says)
+    fails(*lama(llama, *options, quick=()), says=says)
 
 
-def test_what_single_commands_refuse(llama: str) -> None:
-    fails(*lama(llama, "--relations", "P63"), says=["no relation of the name 'P63'", "Did you mean 'P36'?"])
-    fails(*lama(llama, "--targets", "tokens"), says=["--targets is token or any, not 'tokens'"])
-    fails(*compare(llama), "--test", "tset.jsonl", says=["no such data file: tset.jsonl", "test.jsonl"])
-    fails("report", "missing", says=["missing"])
+def test_what_does_not_go_with_a_suite_is_refused(llama: str) -> None:
+    fails(*lama(llama, "--task", "P63"), says=["'P63'", "'P36'"])
+    fails(*lama(llama, "--arg", "targets=tokens"), says=["'tokens'"])
+    fails(*lama(llama, "--metrics", "bleu"), says=["--metrics", "lama"])
+    fails(*lama(llama, "--test", "test.jsonl"), says=["--test", "lama"])
+    fails(*compare(llama, "--arg", "limit=3"), says=["limit", "--suite"])
+    fails(*compare(llama, "--suite", "glue"), says=["'glue'"])
+    fails(*compare(llama), "--test", "tset.jsonl", says=["tset.jsonl", "test.jsonl"])
+    fails(*compare(llama, "--manual", "@none.txt"), says=["none.txt"])
 
 
 def test_results_of_other_settings_are_an_error_that_names_them(llama: str) -> None:
     works(*compare(llama, "--methods", "p-tuning"))
-    says = ["out holds results made with other settings", "encoder was lstm and is none", "--overwrite",
-            "in one report, leave the settings as they were and add --vary encoder=none"]  # fmt: skip
-    fails(*compare(llama, "--methods", "p-tuning", "--encoder", "none"), says=says)
-    works(*compare(llama, "--methods", "p-tuning", "--encoder", "none", "--overwrite"))
+    other = compare(llama, "--methods", "p-tuning", "--set", "encoder=none")
+    fails(*other, says=["out", "encoder was lstm and is none", "--overwrite", "--vary encoder=none"])
+    works(*other, "--overwrite")
     assert saved()["settings"]["encoder"] == "none"
 
 
@@ -304,7 +331,7 @@ def test_parts_say_what_collects_them(llama: str) -> None:
     ],
 )
 def test_a_command_that_cannot_be_divided_so_runs_nothing(llama: str, options: tuple[str, ...], said: str) -> None:
-    fails(*compare(llama, "--methods", "majority,manual"), *options, says=[said])
+    fails(*compare(llama, *UNTRAINED, quick=()), *options, says=[said])
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -313,7 +340,7 @@ def test_what_workers_need_is_asked_for_before_the_backbone_is_loaded(
 ) -> None:
     """A large one takes minutes. What would be done is told without."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    args = compare(llama, "--methods", "majority,manual", "--workers", "2")
+    args = compare(llama, *UNTRAINED, "--workers", "2", quick=())
     if dry_run:
         assert "nothing was run" in works(*args, "--dry-run")
     else:
@@ -359,51 +386,10 @@ def test_an_interrupted_cell_is_not_mixed_with_other_settings(llama: str, monkey
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "train", interrupting(1))
         assert call(*compare(llama, "--methods", "p-tuning")).code == 130
-    other = compare(llama, "--methods", "p-tuning", "--encoder", "mlp")
+    other = compare(llama, "--methods", "p-tuning", "--set", "encoder=mlp")
     fails(*other, says=["made with other settings", "encoder was lstm and is mlp"])
     works(*other, "--overwrite")
     assert [cell["status"] for cell in saved()["cells"]] == ["done"]
-
-
-def test_superglue(llama: str) -> None:
-    labels = ("entailment", "contradiction", "neutral")
-    for part, count in (("train", 12), ("dev32", 12), ("val", 9)):
-        rows = [
-            {"premise": f"{part} {at}", "hypothesis": "a film", "label": labels[at % 3], "idx": at}
-            for at in range(count)
-        ]
-        lines(Path("GLUE/CB") / f"{part}.jsonl", rows)
-    command = (
-        "superglue",
-        "--data",
-        "GLUE",
-        "--backbone",
-        llama,
-        "--out",
-        "out",
-        *QUICK,
-        "--methods",
-        "majority,p-tuning",
-    )
-    done = call(*command, "--tasks", "CB", "--seeds", 2)
-    assert done.code == 0, done.err
-    assert "1/3  CB  majority  seed 0: score 0." in done.err
-    assert "macro F1  [95 % interval]" in done.out
-    assert "p-tuning - majority: score " in done.out
-    assert "confusion of CB, p-tuning, 2 seeds added up: a row for each target" in done.out
-    assert Path("out/pictures/confusion-1.svg").is_file()
-    found = saved()
-    assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
-    assert sorted(found["task_info"]["CB"]["labels"]) == sorted(labels)
-    again = call(*command, "--tasks", "CB", "--seeds", 2)
-    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
-    fails(*command, "--few-shot", "32", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
-    assert call(*command, "--few-shot").code == 2  # it takes a number
-    works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)
-    assert saved()["settings"]["few_shot"] == 8
-    assert saved()["task_info"]["CB"]["data"]["train"]["rows"] == 8
-    fails(*command, "--tune", "melted", says=["must be one of frozen, head, tuned, lora"])
-    fails(*command, "--tasks", "CBB", says=["no shipped task 'CBB'"])
 
 
 # -------------------------------------------------------------------------------------------------- what is printed
