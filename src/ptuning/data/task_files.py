@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import ChoiceSource, Questions, Reader, RowPath, with_references
+from ptuning.data.questions import LABEL, ChoiceSource, Questions, Reader, RowPath, with_references
 from ptuning.data.reading import SUFFIXES, Row, raw_rows
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
-from ptuning.files import Json, Unchecked, parse_toml, read_bytes, read_text, sha256
+from ptuning.files import FileModel, Json, parse_toml, read_bytes, read_text, sha256, validate
 from ptuning.metrics import METRICS, TASK_METRICS
 from ptuning.metrics.generation import TEXT_METRICS
 from ptuning.names import is_folder_name
@@ -28,14 +30,8 @@ from ptuning.template.language import Template
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
+T = TypeVar("T")
 SUFFIX = ".toml"
-KEYS = (
-    "name", "version", "source", "about", "rows", "fields", "values", "label", "labels", "choices", "group", "idx",
-    "gather", "metrics", "calibrate", "normalise", "files", "patterns",
-)  # fmt: skip
-REQUIRED_KEYS = ("name", "version", "patterns")
-CHOICE_KEYS = ("from", "spans", "of", "phrases", "right")
-PATTERN_KEYS = ("manual", "learned")
 # File names of each part: FewGLUE's and SuperGLUE's, and common others. The part "val" never chooses anything.
 SPLIT_FILES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -43,6 +39,68 @@ SPLIT_FILES: Mapping[str, tuple[str, ...]] = {
     "val": ("val", "validation"),
     "test": ("test",),
 }
+
+
+def _parsed(parse: Callable[[str], T]) -> PlainValidator:
+    """Return the validator of a text with a syntax of its own."""
+
+    def read(value: object) -> T:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError("Input should be text in quotation marks")
+        return parse(value)
+
+    return PlainValidator(read)
+
+
+def _as_tuple(value: object) -> object:
+    """Return a list as a tuple, and one text as a tuple of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Pattern = Annotated[Template, _parsed(Template.parse)]
+PathText = Annotated[RowPath, _parsed(RowPath.parse)]
+PathTexts = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple)]
+
+
+class PatternKeys(FileModel, extra="forbid"):
+    """A pattern in a task file."""
+
+    manual: Pattern
+    learned: Pattern | None = None
+
+
+class ChoiceKeys(FileModel, extra="forbid"):
+    """The table of choices in a task file."""
+
+    texts: PathTexts = Field((), alias="from")
+    spans: PathText | None = None
+    of: PathText | None = None
+    phrases: PathText | None = None
+    right: PathText | None = None
+
+
+class TaskKeys(FileModel, extra="forbid"):
+    """The keys of a task file."""
+
+    name: str
+    version: str = Field(min_length=1)
+    source: str = ""
+    about: str = ""
+    rows: str = ""
+    fields_: dict[str, PathText] = Field(default_factory=dict, alias="fields")
+    values: dict[str, dict[str, str]] = Field(default_factory=dict)
+    label: PathText = LABEL
+    labels: dict[str, Texts] | None = None
+    choices: ChoiceKeys | None = None
+    group: PathTexts = ()
+    idx: dict[str, PathText] | PathText = RowPath(("idx",), (), "idx")
+    gather: bool = False
+    metrics: Texts = ("accuracy",)
+    calibrate: bool = False
+    normalise: Normalise = "sum"
+    files: dict[Literal["train", "dev", "val", "test"], Texts] = Field(default_factory=dict)
+    patterns: tuple[PatternKeys, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -85,28 +143,40 @@ class TaskFile:
     @classmethod
     def parse(cls, text: str, *, where: str = "the task file") -> TaskFile:
         """Read a task from the text of its file; a TaskError names a malformed key and the remedy."""
-        task = replace(parse_toml(text, where=where, error=TaskError), where="")
+        value = parse_toml(text, where=where, error=TaskError).value
         try:
-            missing = [key for key in REQUIRED_KEYS if key not in task.table(known=KEYS)]
-            if missing:
-                raise TaskError(f"the key '{missing[0]}' is missing; a task needs {', '.join(REQUIRED_KEYS)}")
-            manual, learned = _patterns(task)
-            words = task.optional("labels", lambda one: LabelWords(_named_texts(one)))
-            is_closed = words is not None or task.at("choices").value is not None
+            keys = validate(TaskKeys, value, error=TaskError)
+            if not is_folder_name(keys.name, spaces=True):
+                raise TaskError(
+                    f"'{keys.name}' cannot be the name of a task, since it becomes a folder; use letters, digits and "
+                    "- _ . + ="
+                )
+            words = None if keys.labels is None else LabelWords(keys.labels)
+            is_closed = words is not None or keys.choices is not None
+            if keys.gather and is_closed:
+                raise TaskError(
+                    "'gather' is for texts with several references; a row with labels or choices has one answer"
+                )
+            for part, names in keys.files.items():
+                for name in names:
+                    if Path(name).suffix.lower() in SUFFIXES:
+                        raise TaskError(f"[files] {part} names '{name}'; leave its ending out: '{Path(name).stem}'")
+            manual, learned = _patterns(keys)
+            used = tuple(dict.fromkeys(name for template in (*manual, *learned) for name in template.fields))
             return cls(
-                name=_name(task),
-                version=task.at("version").text(blank=False),
-                source=task.at("source", "").text(),
-                about=task.at("about", "").text(),
+                name=keys.name,
+                version=keys.version,
+                source=keys.source,
+                about=keys.about,
                 manual=manual,
                 learned=learned,
-                reader=_reader(task, words, used=[name for one in (*manual, *learned) for name in one.fields]),
+                reader=_reader(keys, words, used),
                 label_words=words,
-                metrics=_metrics(task, words, is_closed=is_closed),
-                gather=_gather(task, is_closed=is_closed),
-                calibrate=task.at("calibrate", False).flag(),
-                normalise=task.at("normalise", "sum").one_of(("sum", "mean")),
-                files=_files(task),
+                metrics=_metrics(keys.metrics, words, is_closed=is_closed),
+                gather=keys.gather,
+                calibrate=keys.calibrate,
+                normalise=keys.normalise,
+                files={**SPLIT_FILES, **keys.files},
                 text=text,
             )
         except (TaskError, TemplateError, LabelWordError) as error:
@@ -248,31 +318,18 @@ def _folder() -> Traversable:
     return resources.files("ptuning.data") / "tasks"
 
 
-def _name(task: Unchecked) -> str:
-    name = task.at("name").text(blank=False)
-    if not is_folder_name(name, spaces=True):
-        raise TaskError(
-            f"'{name}' cannot be the name of a task, since it becomes a folder; use letters, digits and - _ . + ="
-        )
-    return name
-
-
-def _patterns(task: Unchecked) -> tuple[tuple[Template, ...], tuple[Template, ...]]:
+def _patterns(keys: TaskKeys) -> tuple[tuple[Template, ...], tuple[Template, ...]]:
     """Return the manual templates, which must have no slots, and the learned ones, which must have some."""
-    listed = task.at("patterns")
-    if not isinstance(listed.value, list) or not all(isinstance(one, dict) for one in listed.value) or not listed.value:
-        raise TaskError("a task needs patterns: [[patterns]], with manual = '...' below it")
     manual, learned = [], []
-    for number, pattern in enumerate(listed.items(), start=1):
-        if "manual" not in pattern.table(known=PATTERN_KEYS):
-            raise TaskError(f"pattern {number} has no manual template; write manual = '...' with a [Y] in it")
-        manual.append(Template.parse(pattern.at("manual").text(blank=False)))
-        if manual[-1].has_slots:
+    for number, pattern in enumerate(keys.patterns, start=1):
+        if pattern.manual.has_slots:
             raise TaskError(f"pattern {number}: the manual template has slots; write them as learned = '...'")
-        given = pattern.optional("learned", lambda one: Template.parse(one.text(blank=False)))
-        learned.append(given or _made_of(manual[-1], behind="labels" in task.table() or "choices" in task.table()))
-        if not learned[-1].has_slots:
+        is_closed = keys.labels is not None or keys.choices is not None
+        template = pattern.learned or _made_of(pattern.manual, behind=is_closed)
+        if not template.has_slots:
             raise TaskError(f"pattern {number}: the learned template has no slots; write words as [P:words]")
+        manual.append(pattern.manual)
+        learned.append(template)
     return tuple(manual), tuple(learned)
 
 
@@ -284,41 +341,50 @@ def _made_of(manual: Template, *, behind: bool) -> Template:
         return Template.from_manual(str(manual))
 
 
-def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> Reader:
-    used = tuple(dict.fromkeys(used))
-    values = _values(task, words)
-    own = _paths(task.at("fields", {}))
-    if TARGET_FIELD in own:
+def _reader(keys: TaskKeys, words: LabelWords | None, used: Sequence[str]) -> Reader:
+    values = {TARGET_FIELD if name == "label" else name: texts for name, texts in keys.values.items()}
+    for label in values.get(TARGET_FIELD, {}).values():
+        if words is not None and label not in words.labels:
+            raise TaskError(
+                f"[values] name the label '{label}', which has no words.{closest(label, words.labels)} Give it words "
+                "under [labels]"
+            )
+    if TARGET_FIELD in keys.fields_:
         raise TaskError(f"the target has the key 'label'; '{TARGET_FIELD}' cannot be the name of a field")
-    for name in (*own, *(name for name in values if name != TARGET_FIELD)):
+    for name in (*keys.fields_, *(name for name in values if name != TARGET_FIELD)):
         if name not in used:
             raise TaskError(f"no pattern uses the field '{name}'.{closest(name, used)}")
-    label = RowPath.parse(task.at("label", "label").text())
-    choices = _choices(task, label)
-    if words is not None and choices is not None:
+    if words is not None and keys.choices is not None:
         raise TaskError(
             "there are both [labels] and [choices]; a task has words for its labels, or choices in its rows"
         )
-    answer = label if choices is None else choices.right
-    fields = {name: own.get(name, RowPath((name,), (), name)) for name in used}
+    choices = _choices(keys.choices, keys.label) if keys.choices is not None else None
+    answer = keys.label if choices is None else choices.right
+    fields = {name: keys.fields_.get(name, RowPath((name,), (), name)) for name in used}
     for name, path in fields.items():
         if path.names == answer.names:
             raise TaskError(f"the field '{name}' of a pattern holds the answer; write [Y] for the answer")
-    idx = task.at("idx", "idx")
     return Reader(
         fields,
-        lists=_lists(task.at("rows", "").text()),
-        label=label,
+        lists=_lists(keys.rows),
+        label=keys.label,
         labels=words.labels if words is not None else (),
         values=values,
         choices=choices,
-        group=tuple(map(RowPath.parse, _texts(task.at("group", [])))),
-        idx={"": RowPath.parse(idx.value)} if isinstance(idx.value, str) else _paths(idx),
+        group=keys.group,
+        idx=keys.idx if isinstance(keys.idx, dict) else {"": keys.idx},
     )
 
 
-def _metrics(task: Unchecked, words: LabelWords | None, *, is_closed: bool) -> tuple[str, ...]:
-    names = _texts(task.at("metrics", ["accuracy"]))
+def _choices(keys: ChoiceKeys, label: RowPath) -> ChoiceSource:
+    if (keys.spans is None) != (keys.of is None):
+        raise TaskError("[choices]: 'spans' and 'of' go together, the places and the text that they cut from")
+    if not (keys.texts or keys.spans or keys.phrases):
+        raise TaskError('[choices] need from = ["..."], or spans = "..." and of = "..."')
+    return ChoiceSource(keys.texts, spans=keys.spans, of=keys.of, phrases=keys.phrases, right=keys.right or label)
+
+
+def _metrics(names: tuple[str, ...], words: LabelWords | None, *, is_closed: bool) -> tuple[str, ...]:
     known = TASK_METRICS if is_closed else (*TASK_METRICS, *TEXT_METRICS)
     if not names:
         raise TaskError(f"'metrics' is empty; name one or more of {', '.join(known)}, or leave the key out")
@@ -326,65 +392,16 @@ def _metrics(task: Unchecked, words: LabelWords | None, *, is_closed: bool) -> t
         if name not in known:
             closed = " A task with labels or choices writes no texts." if name in TEXT_METRICS else ""
             raise TaskError(f"unknown metric '{name}'.{closest(name, known)}{closed} Known: {', '.join(known)}")
-    of_texts = [name in TEXT_METRICS for name in names]
-    if any(of_texts):
-        if not all(of_texts):
-            text, answer = names[of_texts.index(True)], names[of_texts.index(False)]
-            raise TaskError(
-                f"'metrics' name {text}, which is for texts, and {answer}, which is for right and wrong answers; "
-                f"give those of one kind. For texts: {', '.join(TEXT_METRICS)}"
-            )
-        return tuple(dict.fromkeys(names))
-    for name in names:
-        needed = METRICS[name].needs_label
+        needed = METRICS[name].needs_label if name in METRICS else None
         if needed is not None and (words is None or needed not in words.labels):
             raise TaskError(f"the metric '{name}' needs the label '{needed}', which this task does not have")
-    return names
-
-
-def _gather(task: Unchecked, *, is_closed: bool) -> bool:
-    found = task.at("gather", False).flag()
-    if found and is_closed:
-        raise TaskError("'gather' is for texts with several references; a row with labels or choices has one answer")
-    return found
-
-
-def _files(task: Unchecked) -> dict[str, tuple[str, ...]]:
-    files = _named_texts(task.at("files", {}), known=tuple(SPLIT_FILES))
-    for part, names in files.items():
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES:
-                raise TaskError(f"[files] {part} names '{name}'; leave its ending out: '{Path(name).stem}'")
-    return {**SPLIT_FILES, **files}
-
-
-def _values(task: Unchecked, words: LabelWords | None) -> dict[str, dict[str, str]]:
-    """Return field -> value in the file -> text. Those of the label are the target's."""
-    found = {
-        TARGET_FIELD if name == "label" else name: {value: text.text() for value, text in one.table().items()}
-        for name, one in task.at("values", {}).table().items()
-    }
-    for named in found.get(TARGET_FIELD, {}).values():
-        if words is not None and named not in words.labels:
-            raise TaskError(
-                f"[values] name the label '{named}', which has no words.{closest(named, words.labels)} Give it words "
-                "under [labels]"
-            )
-    return found
-
-
-def _choices(task: Unchecked, label: RowPath) -> ChoiceSource | None:
-    choices = task.at("choices")
-    if choices.value is None:
-        return None
-    table = choices.table(known=CHOICE_KEYS)
-    if ("spans" in table) != ("of" in table):
-        raise TaskError("[choices]: 'spans' and 'of' go together, the places and the text that they cut from")
-    if not {"from", "spans", "phrases"} & set(table):
-        raise TaskError('[choices] need from = ["..."], or spans = "..." and of = "..."')
-    one = {name: choices.optional(name, _path) for name in ("spans", "of", "phrases", "right")}
-    texts = tuple(map(RowPath.parse, _texts(choices.at("from", []))))
-    return ChoiceSource(texts, spans=one["spans"], of=one["of"], phrases=one["phrases"], right=one["right"] or label)
+    of_texts = {name in TEXT_METRICS for name in names}
+    if len(of_texts) > 1:
+        raise TaskError(
+            f"'metrics' mix metrics of written texts ({', '.join(TEXT_METRICS)}) with metrics of right and wrong "
+            "answers; give those of one kind"
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def _lists(rows: str) -> tuple[RowPath, ...]:
@@ -395,20 +412,3 @@ def _lists(rows: str) -> tuple[RowPath, ...]:
         raise TaskError(f'rows = "{rows}" must end with a list, such as "passage.questions[]"')
     ends = [depth for depth, name in enumerate(path.names, start=1) if name.endswith("[]")]
     return tuple(RowPath(path.names[:end], (), rows) for end in ends)
-
-
-def _paths(table: Unchecked) -> dict[str, RowPath]:
-    return {name: _path(one) for name, one in table.table().items()}
-
-
-def _path(found: Unchecked) -> RowPath:
-    return RowPath.parse(found.text(blank=False))
-
-
-def _named_texts(table: Unchecked, *, known: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
-    return {name: _texts(one) for name, one in table.table(known=known).items()}
-
-
-def _texts(found: Unchecked) -> tuple[str, ...]:
-    """Return a list of texts; one text alone is a list of one."""
-    return (found.value,) if isinstance(found.value, str) else tuple(found.texts())
