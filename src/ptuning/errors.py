@@ -97,5 +97,5 @@ def closest(name: object, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name most similar to an unknown one, or an empty string. What is no
     text, as a caller in Python may have it, is like none.
     """
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
-    return f" Did you mean '{found[0]}'?" if found else ""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -272,8 +272,8 @@ def is_abandoned(path: Path) -> bool:
     """Whether a temporary file or folder was left by a killed process: what another machine made may still be written,
     until it is old.
     """
-    found = re.search(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.tmp$", path.name)
-    if found is None or found[1] == _host():
+    match = re.search(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.tmp$", path.name)
+    if match is None or match[1] == _host():
         return True
     try:
         return time.time() - path.lstat().st_mtime >= STALE_SECONDS
@@ -397,9 +397,9 @@ def _check_depth(value: Json) -> None:
     for _ in range(DEEPEST + 1):
         level = [
             inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
         ]
         if not level:
             return
@@ -453,14 +453,14 @@ def sha256(data: bytes) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file that may be larger than memory."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with open_regular(path) as handle:
             while block := handle.read(HASHED_BYTES):
-                found.update(block)
+                digest.update(block)
     except OSError as error:
         raise file_error("read", path, error) from error
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

@@ -65,7 +65,7 @@ def is_folder_name(name: str, *, spaces: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
-class Owned:
+class OutputLayout:
     """What we write into a kind of folder. In names, ``#`` stands for a number and ``*`` for any name.
 
     Args:
@@ -80,11 +80,11 @@ class Owned:
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     pages: Mapping[str, bytes] = field(default_factory=dict)
-    folders: Mapping[str, Owned] = field(default_factory=dict)
+    folders: Mapping[str, OutputLayout] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
 
-    def folder(self, name: str) -> Owned | None:
+    def folder(self, name: str) -> OutputLayout | None:
         """Return the layout of a folder in it; None if we write none of this name."""
         return next((layout for pattern, layout in self.folders.items() if _fits(pattern, name)), None)
 
@@ -119,25 +119,25 @@ def _page(name: str) -> bytes:
 
 
 _ROWS = rb'\{"record":'
-PROMPT = Owned(
+PROMPT = OutputLayout(
     {
         MANIFEST_FILE: _keys("format_version", "template"),
         VECTORS_FILE: rb'(?s:.{8})\{"__metadata__":\{"format":"pt"\},"' + VECTORS_KEY.encode() + b'"',
     },
     {CARD_FILE: _page(CARD_FILE)},
-    {WEIGHTS_FOLDER: Owned(listed=(f"../{MANIFEST_FILE}", "weights", "sha256"))},
+    {WEIGHTS_FOLDER: OutputLayout(listed=(f"../{MANIFEST_FILE}", "weights", "sha256"))},
 )
 _START = {CHECKPOINT_FILE: _tensors("state", "identity", "sha256"), BEST_FILE.format(epoch="#"): _tensors("epoch")}
-CHECKPOINT = Owned(_START, folders={"start-#": Owned(_START)})
-RUN = Owned(
+CHECKPOINT = OutputLayout(_START, folders={"start-#": OutputLayout(_START)})
+RUN = OutputLayout(
     {RUN_FILE: _keys("format_version", "command"), PREDICTIONS_FILE: _ROWS},
     folders={PROMPT_FOLDER: PROMPT, CHECKPOINT_FOLDER: CHECKPOINT},
     left=(LOG_FOLDER,),
 )
-FLEET_CHECKPOINT = Owned(
-    {STATE_FILE: rb'\{\s*"(live|finished)"\s*:'}, folders={"at-#": Owned(folders={"#": CHECKPOINT})}
+FLEET_CHECKPOINT = OutputLayout(
+    {STATE_FILE: rb'\{\s*"(live|finished)"\s*:'}, folders={"at-#": OutputLayout(folders={"#": CHECKPOINT})}
 )
-CELL = Owned(
+CELL = OutputLayout(
     {
         RUN_FILE: _keys("format_version", "task"),
         STARTED_FILE: _keys("identity"),
@@ -146,30 +146,30 @@ CELL = Owned(
     folders={"try-#": RUN},
 )
 _PICTURES = ("dots", "wordings", "curves", "confusion-#")
-REPORT = Owned(
+REPORT = OutputLayout(
     pages={HTML_FILE: _page(HTML_FILE), MARKDOWN_FILE: _page(MARKDOWN_FILE)},
     folders={
-        PICTURES_FOLDER: Owned(pages={f"{name}.svg": _page(".svg") for name in _PICTURES}),
-        TABLES_FOLDER: Owned(pages={f"table-#-*{ending}": _page(ending) for ending in (".tex", ".csv")}),
+        PICTURES_FOLDER: OutputLayout(pages={f"{name}.svg": _page(".svg") for name in _PICTURES}),
+        TABLES_FOLDER: OutputLayout(pages={f"table-#-*{ending}": _page(ending) for ending in (".tex", ".csv")}),
     },
 )
-COMPARISON = Owned(
+COMPARISON = OutputLayout(
     {RESULTS_FILE: _keys("format_version", "suite")},
     REPORT.pages,
     {
         **REPORT.folders,
-        CELLS_FOLDER: Owned(folders={"*": Owned(folders={"*": Owned(folders={"seed-#": CELL})})}),
-        FLEETS_FOLDER: Owned(folders={"*": FLEET_CHECKPOINT}),
+        CELLS_FOLDER: OutputLayout(folders={"*": OutputLayout(folders={"*": OutputLayout(folders={"seed-#": CELL})})}),
+        FLEETS_FOLDER: OutputLayout(folders={"*": FLEET_CHECKPOINT}),
     },
     left=(LOG_FOLDER,),
 )
 
 
-def fleet_layout(names: Iterable[str]) -> Owned:
+def fleet_layout(names: Iterable[str]) -> OutputLayout:
     """Return the layout of the folder of a fleet with prompts of these names."""
     checkpoints = dict.fromkeys((CHECKPOINT_FOLDER, f"{CHECKPOINT_FOLDER}-#"), FLEET_CHECKPOINT)
     folders = {**checkpoints, **dict.fromkeys(names, RUN)}
-    return Owned({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
+    return OutputLayout({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
 
 
 def _fits(pattern: str, name: str) -> bool:
@@ -181,7 +181,7 @@ def _expression(pattern: str) -> str:
 
 
 @dataclass(frozen=True)
-class Survey:
+class FolderScan:
     """What is in a folder: files that are ours, those that killed processes left half-written, everything else, and
     what of the latter has the name of something that we would write; folders of ours come before those in them.
     """
@@ -193,32 +193,32 @@ class Survey:
     folders: list[Path] = field(default_factory=list)
 
 
-def survey(folder: Path, layout: Owned) -> Survey:
+def scan_folder(folder: Path, layout: OutputLayout) -> FolderScan:
     """Return what is in a folder, which may be missing, and in its folders. Links in it are not followed, and are
     foreign whatever they point to.
     """
-    found = Survey()
+    scan = FolderScan()
     if folder.is_dir():
         try:
-            _survey(folder, layout, found)
+            _survey(folder, layout, scan)
         except OSError as error:
             raise file_error("read", folder, error) from error
-    return found
+    return scan
 
 
-def _survey(folder: Path, layout: Owned, found: Survey) -> None:
+def _survey(folder: Path, layout: OutputLayout, scan: FolderScan) -> None:
     listed = _listed(folder, layout)
     named = {**layout.files, **layout.pages, **dict.fromkeys(listed, b"")}
     of = "|".join(map(_expression, named)) if not layout.listed else ".+"  # the list may be an older one
     staged = rf"\.({of})\.[0-9a-f]{{16}}\.new"
     marked: list[Path] = []
     likely: list[Path] = []
-    inside: list[tuple[Path, Owned]] = []
+    inside: list[tuple[Path, OutputLayout]] = []
     with os.scandir(folder) as entries:
         listing = sorted(entries, key=lambda entry: entry.name)
     for entry in listing:
         path = folder / entry.name
-        pattern = next((one for one in named if _fits(one, entry.name)), None)
+        pattern = next((name for name in named if _fits(name, entry.name)), None)
         inner = layout.folder(entry.name)
         is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
         is_half = is_temporary(entry.name, rf"{of}|{staged}") or re.fullmatch(staged, entry.name) is not None
@@ -227,28 +227,28 @@ def _survey(folder: Path, layout: Owned, found: Survey) -> None:
         if is_folder and inner is not None:
             inside.append((path, inner))
         elif (is_file and is_half) or (is_folder and is_temporary(entry.name, "files")):
-            found.temporary.append(path)
+            scan.temporary.append(path)
         elif is_file and pattern is not None and _begins(path, named[pattern]):
             marked.append(path)
         elif is_file and pattern in layout.files:
             likely.append(path)
         else:
-            found.foreign.append(path)
+            scan.foreign.append(path)
             is_taken = inner is not None and (not is_file or entry.name in layout.folders)
             if pattern is not None or is_taken or entry.name in layout.left or layout.listed:
-                found.in_the_way.append(path)
+                scan.in_the_way.append(path)
     if not marked:
-        found.foreign.extend(likely)
-        found.in_the_way.extend(likely)
+        scan.foreign.extend(likely)
+        scan.in_the_way.extend(likely)
         likely = []
     order = list(named)
-    found.ours.extend(sorted((*marked, *likely), key=lambda path: [not _fits(one, path.name) for one in order]))
+    scan.ours.extend(sorted((*marked, *likely), key=lambda path: [not _fits(name, path.name) for name in order]))
     for path, inner in inside:
-        found.folders.append(path)
-        _survey(path, inner, found)
+        scan.folders.append(path)
+        _survey(path, inner, scan)
 
 
-def _listed(folder: Path, layout: Owned) -> Collection[str]:
+def _listed(folder: Path, layout: OutputLayout) -> Collection[str]:
     if not layout.listed:
         return ()
     file, *keys = layout.listed
@@ -268,44 +268,44 @@ def _begins(path: Path, mark: bytes) -> bool:
         return False
 
 
-def check_writable(folder: Path, layout: Owned, *, overwrite: bool = False, resume: bool = False) -> Survey:
+def check_writable(folder: Path, layout: OutputLayout, *, overwrite: bool = False, resume: bool = False) -> FolderScan:
     """Check that we may write into a folder, by trying to and by looking at what is in it, and return the latter.
 
     A new or empty folder may be written. With ``overwrite`` files of ours may be replaced; with ``resume`` they may if
     some of them are there, or nothing else. Whatever is not ours stays, and is an error where it is in the way.
     """
     check_output(folder)
-    found = survey(folder, layout)
-    if found.in_the_way:
+    scan = scan_folder(folder, layout)
+    if scan.in_the_way:
         raise FileError(
-            f"{found.in_the_way[0]} is in the way: it is not what ptuning writes there, or is damaged, or is a link; "
+            f"{scan.in_the_way[0]} is in the way: it is not what ptuning writes there, or is damaged, or is a link; "
             "it is neither replaced nor followed; move it away, or choose another folder"
         )
-    if not (overwrite or not (found.ours or found.foreign) or (resume and (found.ours or not found.foreign))):
-        raise FileError(NOT_EMPTY.format(folder=folder) + _remedies(found, layout, resume=resume))
-    return found
+    if not (overwrite or not (scan.ours or scan.foreign) or (resume and (scan.ours or not scan.foreign))):
+        raise FileError(NOT_EMPTY.format(folder=folder) + _remedies(scan, layout, resume=resume))
+    return scan
 
 
-def _remedies(found: Survey, layout: Owned, *, resume: bool) -> str:
+def _remedies(scan: FolderScan, layout: OutputLayout, *, resume: bool) -> str:
     """Return what may be done, besides choosing another folder, where a folder is not empty."""
     if resume:
         return "; nothing in it is a run's, so there is nothing to go on with"
-    if not found.ours:
+    if not scan.ours:
         return ", or write beside what is in it, of which nothing is ours (--overwrite)"
     go_on = "go on with a stopped run in it (--resume), or " if CHECKPOINT_FOLDER in layout.folders else "or "
     return f", {go_on}replace what we left in it (--overwrite)"
 
 
-def clear(folder: Path, layout: Owned) -> None:
+def clear(folder: Path, layout: OutputLayout) -> None:
     """Remove what we wrote into a folder, in the order of its layout, and folders in it that are empty then."""
-    found = survey(folder, layout)
-    delete((*found.ours, *found.temporary))
-    for path in reversed(found.folders):
+    scan = scan_folder(folder, layout)
+    delete((*scan.ours, *scan.temporary))
+    for path in reversed(scan.folders):
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
-def remove(folder: Path, layout: Owned) -> None:
+def remove(folder: Path, layout: OutputLayout) -> None:
     """Clear a folder, and remove it if it is empty then. A link stays, and so does what it points to."""
     if not folder.is_symlink():
         clear(folder, layout)
@@ -313,11 +313,11 @@ def remove(folder: Path, layout: Owned) -> None:
             folder.rmdir()
 
 
-def sweep(folder: Path, layout: Owned) -> None:
+def remove_stale(folder: Path, layout: OutputLayout) -> None:
     """Remove half-written files that killed processes left in a folder and in its folders; those that another machine
     may still write stay.
     """
-    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp" and is_abandoned(path))
+    delete(path for path in scan_folder(folder, layout).temporary if path.suffix == ".tmp" and is_abandoned(path))
 
 
 def delete(paths: Iterable[Path]) -> None:

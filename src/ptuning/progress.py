@@ -51,8 +51,8 @@ def each(*reports: OnProgress) -> OnProgress:
     """Return a callback that calls several."""
 
     def report(now: Progress) -> None:
-        for one in reports:
-            one(now)
+        for callback in reports:
+            callback(now)
 
     return report
 

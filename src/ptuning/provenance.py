@@ -20,8 +20,8 @@ def _versions() -> dict[str, str]:
     from importlib import metadata  # not needed by `import ptuning`, which must be quick
 
     packages = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
-    found = {name: metadata.version(name) for name in packages}
-    return {"ptuning": VERSION, "python": platform.python_version(), **found}
+    installed = {name: metadata.version(name) for name in packages}
+    return {"ptuning": VERSION, "python": platform.python_version(), **installed}
 
 
 class Data(Protocol):

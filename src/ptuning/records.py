@@ -122,8 +122,8 @@ def gathered(records: Records) -> Records:
         texts.setdefault(key, []).extend(references_of(record))
     rows = []
     for key, (record, _) in first.items():
-        own = list(dict.fromkeys(texts[key]))
-        rows.append({**record, TARGET_FIELD: References(own)} if len(own) > 1 else record)
+        references = list(dict.fromkeys(texts[key]))
+        rows.append({**record, TARGET_FIELD: References(references)} if len(references) > 1 else record)
     places = [place for _, place in first.values()]
     return Records(rows, name=records.name, digest=records.sha256, places=places, fields=records.fields)
 
@@ -220,10 +220,10 @@ def clean(row: Mapping[str, object], *, where: str, target: str = TARGET_FIELD) 
 def _referenced(given: Sequence[object], name: str, *, where: str) -> dict[str, str]:
     """Return the field of a list of references; none if there are none."""
     texts = []
-    for one in given:
-        value = scalar(one)
+    for item in given:
+        value = scalar(item)
         if value is None:
-            raise RecordError(f"{where}: the field {name!r} is a list, whose entries must be texts, not {shown(one)}")
+            raise RecordError(f"{where}: the field {name!r} is a list, whose entries must be texts, not {shown(item)}")
         texts.append(_as_text(value, name, where=where))
     different = list(dict.fromkeys(text for text in texts if text.strip()))
     return {name: different[0] if len(different) == 1 else References(different)} if different else {}

@@ -217,7 +217,7 @@ def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_B
         return _students(mean, float(array.std(ddof=1)) / len(array) ** 0.5, len(array), bounds)
     from scipy import stats  # takes over a second to load
 
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (array,),
         np.mean,
         n_resamples=BOOTSTRAP_RESAMPLES,
@@ -226,7 +226,7 @@ def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_B
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Score(mean, float(found.low), float(found.high), len(array))
+    return Score(mean, float(interval.low), float(interval.high), len(array))
 
 
 def mean_difference(values: Sequence[float], *, most: float = SCORE_BOUNDS[1]) -> Score:

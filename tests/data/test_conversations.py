@@ -62,7 +62,7 @@ def test_a_form_is_recognised_by_its_keys(form: str) -> None:
     found = read_conversations(rows_of(row))
     name = form.split(",")[0]
     assert found.shape.name == name
-    assert found.told == (
+    assert found.summary == (
         f"talks.jsonl: the form {found.shape.described}, 1 conversation, {len(expected)} answer"
         f"{'s' * (len(expected) != 1)}"
     )

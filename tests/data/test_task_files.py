@@ -194,7 +194,7 @@ def test_mistakes_in_a_task_of_texts(written: str, message: str) -> None:
         ('"mine"', f'"{"m" * 101}"', "cannot be the name of a task"),
         ("[labels]", "metrics = []\n[labels]", "'metrics' is empty; name one or more of accuracy"),
         ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' needs the label 'true', which this task does not have"),
-        ("[labels]", '[files]\ndve = ["a"]\n[labels]', "'files.dve' must be 'train', 'dev'"),
+        ("[labels]", '[files]\ndve = ["a"]\n[labels]', "unknown key 'files.dve'. Did you mean 'dev'"),
         ("[labels]", '[files]\ndev = ["a.jsonl"]\n[labels]', "leave its ending out: 'a'"),
         ("{text} It", "{label} It", "the field 'label' of a pattern holds the answer"),
         (

@@ -19,7 +19,7 @@ from ptuning.errors import FileError, PTuningError
 from ptuning.experiment.compare import compare
 from ptuning.experiment.lama import lama
 from ptuning.files import new_path
-from ptuning.names import COMPARISON, PROMPT, RUN, check_writable, fleet_layout, remove, survey, sweep
+from ptuning.names import COMPARISON, PROMPT, RUN, check_writable, fleet_layout, remove, remove_stale, scan_folder
 from ptuning.progress import Interrupted
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
@@ -170,7 +170,7 @@ def test_what_others_wrote_survives_every_command(
 def test_all_that_we_write_is_known_to_be_ours(causal: Backbone, tmp_path: Path, command: str, owned: Any) -> None:
     """A file that cannot be told from others' could never be replaced, and its folder never be used again."""
     COMMANDS[command](causal, tmp_path / "out")
-    found = survey(tmp_path / "out", owned)
+    found = scan_folder(tmp_path / "out", owned)
     assert found.foreign == found.temporary == []
     assert sorted(found.ours) == sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
     remove(tmp_path / "out", owned)
@@ -189,7 +189,7 @@ def test_trained_weights_are_known_to_be_ours(causal: Backbone, tmp_path: Path, 
         )  # fmt: skip
     train(TEMPLATE, ROWS, dev=ROWS, backbone=causal, out=tmp_path / "b", config=config)
     for name in ("a", "b"):
-        found = survey(tmp_path / name, RUN)
+        found = scan_folder(tmp_path / name, RUN)
         assert found.foreign == []
         assert found.ours
     (tmp_path / "b/prompt/backbone/mine").touch()
@@ -213,7 +213,7 @@ def test_only_names_of_exactly_our_form_are_swept(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     new_path(tmp_path / "run.json").touch()
     (tmp_path / ".run.json.0123456789abcdef.tmp").symlink_to(tmp_path / ".prompts.old")
-    sweep(tmp_path, RUN)
+    remove_stale(tmp_path, RUN)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*mine, ".run.json.0123456789abcdef.tmp"])
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ptuning import files
 from ptuning.errors import ConfigError, FileError
-from ptuning.names import RUN, sweep
+from ptuning.names import RUN, remove_stale
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -309,10 +309,10 @@ def test_temporary_files_of_another_machine_are_spared_while_they_are_young(
     for path in (mine, other):
         path.touch()
         assert files.is_temporary(path.name, "run.json")
-    sweep(tmp_path, RUN)
+    remove_stale(tmp_path, RUN)
     assert list(tmp_path.iterdir()) == [other]
     os.utime(other, (0, 0))
-    sweep(tmp_path, RUN)
+    remove_stale(tmp_path, RUN)
     assert list(tmp_path.iterdir()) == []
 
 

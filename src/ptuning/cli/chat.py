@@ -72,7 +72,7 @@ def conversations_of(source: str, field: Sequence[str] | None, *, prompt: Prompt
     with terminal.waiting(f"reading {source}"):
         own = prompt.fields if prompt is not None else {}
         found = read_conversations(load_rows(source), fields={**own, **fields_of(field)})
-    terminal.say(found.told)
+    terminal.say(found.summary)
     return found.questions
 
 

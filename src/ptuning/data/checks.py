@@ -89,31 +89,31 @@ def label_rows(
             can be no labels, or something may be a mistake and the check is ``strict``.
         LabelWordError: If label words or what is to be merged is malformed.
     """
-    given, found = _without_target(parts)
+    given, report = _without_target(parts)
     require_rows(given)
     has_choices = any(questions.has_choices for questions in given.values())
     words = known if labels is None or labels == AUTO else LabelWords.of(labels)
     kept = given if has_choices else _merged(given, merge, words.labels if words is not None else ())
     kept, left = _without_empty(kept, fields)
-    found += left
+    report += left
     learned = Counter(row.record[TARGET_FIELD] for name, rows in kept.items() if name != "test" for row in rows)
     if labels == AUTO:
         if has_choices:
             raise LabelWordError("labels are auto, and the rows bring their own choices; leave the labels out")
         words = known or LabelWords.of(found_labels(learned, name=next(iter(parts.values())).name))
         kept, left = _without_mistyped(kept, words.labels, learned)
-        found += left
+        report += left
     if words is not None:
         for questions in kept.values():
             words.check_records(questions.records)
     if words is not None and not has_choices:
-        found += Report(tuple(_counts(name, rows, words.labels) for name, rows in kept.items()))
+        report += Report(tuple(_counts(name, rows, words.labels) for name, rows in kept.items()))
     elif not has_choices:
-        found += seen_labels(learned, kept)
-    found += repeated(kept, fields, labelled=words is not None)
-    if strict and found.warnings:
-        raise RecordError("\n  ".join(("what the data holds is an error with --strict:", *found.warnings)))
-    return Labelled(kept, words, found)
+        report += seen_labels(learned, kept)
+    report += repeated(kept, fields, labelled=words is not None)
+    if strict and report.warnings:
+        raise RecordError("\n  ".join(("what the data holds is an error with --strict:", *report.warnings)))
+    return Labelled(kept, words, report)
 
 
 def require_rows(parts: Mapping[str, Questions]) -> None:
@@ -152,13 +152,13 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
 def look_alikes(counts: Mapping[str, int]) -> dict[str, str]:
     """Return rare labels that look like a mistyped frequent one, with that one."""
     frequent = [label for label, _ in Counter(counts).most_common() if counts[label] > RARE]
-    found = {}
+    likely_labels = {}
     for label, count in counts.items() if len(counts) <= MAX_LABELS else ():
         likely = (other for other in frequent if counts[other] >= TIMES * count and _is_alike(label, other))
         other = next(likely, None) if count <= RARE else None
         if other is not None:
-            found[label] = other
-    return found
+            likely_labels[label] = other
+    return likely_labels
 
 
 def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Report:
@@ -192,11 +192,11 @@ def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Re
 def empty_fields(name: str, questions: Questions, fields: Sequence[str]) -> list[str]:
     """Return a line for each field that is empty in rows of a part, with their places."""
     lines = []
-    for one in fields:
-        rows = [row for row in questions if not row.record.get(one, "?").strip()]
+    for field_name in fields:
+        rows = [row for row in questions if not row.record.get(field_name, "?").strip()]
         if rows:
             count = f"{len(rows)} row{'s' * (len(rows) > 1)}"
-            lines.append(f"{name}: the field '{one}' is empty in {count}: {_places(rows)}")
+            lines.append(f"{name}: the field '{field_name}' is empty in {count}: {_places(rows)}")
     return lines
 
 
@@ -208,7 +208,9 @@ def repeated(parts: Mapping[str, Questions], fields: Sequence[str], *, labelled:
         own: dict[str, Question] = {}
         twice, torn = [], []
         for row in questions:
-            key = canonical_json({one: row.record.get(one, "") for one in fields}) + str(list(row.choices))
+            key = canonical_json({field_name: row.record.get(field_name, "") for field_name in fields}) + str(
+                list(row.choices)
+            )
             first = own.setdefault(key, row)
             if first is not row and first.right == row.right:
                 twice.append((row, first))
@@ -258,12 +260,12 @@ def check_words(
     """
     given = [questions for questions in (parts or {}).values() if questions]
     sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
-    found = Report()
+    report = Report()
     for number, pair in enumerate(zip(task.manual, task.learned, strict=True), start=1):
         for what, template in zip(("manual", "learned"), pair, strict=True):
-            found += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
+            report += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
     # Words are mostly the same tokens in all patterns, and mistakes in them the same mistakes.
-    return Report(*(tuple(dict.fromkeys(lines)) for lines in vars(found).values()))
+    return Report(*(tuple(dict.fromkeys(lines)) for lines in vars(report).values()))
 
 
 def check_known(bound: TokenizedTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
@@ -302,15 +304,15 @@ def _merged(parts: Mapping[str, Questions], merge: Merge | None, labels: Sequenc
         for label in (*labels, *(renamed[label] for label in ordered)):
             spellings.setdefault(_folded(label), label)
         renamed = {label: spellings[_folded(new)] for label, new in renamed.items()}
-    found = {}
+    merged = {}
     for name, questions in parts.items():
         old = [row.record[TARGET_FIELD] for row in questions]
         rows = [
             row if renamed[label] == label else replace(row, record={**row.record, TARGET_FIELD: renamed[label]})
             for row, label in zip(questions, old, strict=True)
         ]
-        found[name] = _same(questions, rows) if any(renamed[label] != label for label in old) else questions
-    return found
+        merged[name] = _same(questions, rows) if any(renamed[label] != label for label in old) else questions
+    return merged
 
 
 def merges(merge: Merge | None) -> tuple[str, ...]:
@@ -341,7 +343,7 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
 
 def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions], Report]:
     """Leave out rows that nobody has given a target yet. If most rows have none, another field holds it."""
-    kept, found = {}, Report()
+    kept, report = {}, Report()
     for name, questions in parts.items():
         left = [row for row in questions if not row.record.get(TARGET_FIELD, "").strip()]
         if not left or 2 * len(left) >= len(questions):
@@ -351,9 +353,9 @@ def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions
         kept[name] = _same(questions, [row for row in questions if id(row) not in used])
         old = questions.fields.get(TARGET_FIELD, TARGET_FIELD)
         count = f"{len(left)} of {len(questions)} rows {'has' if len(left) == 1 else 'have'} no target"
-        doubt = f"{name}: {count}, the field '{old}': {_places(left)}; left out"
-        found += Report(warnings=(doubt,), left_out=tuple(f"{_place(row)}: no target" for row in left))
-    return kept, found
+        warning = f"{name}: {count}, the field '{old}': {_places(left)}; left out"
+        report += Report(warnings=(warning,), left_out=tuple(f"{_place(row)}: no target" for row in left))
+    return kept, report
 
 
 def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[dict[str, Questions], Report]:
@@ -361,7 +363,7 @@ def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[
     kept, found = {}, Report()
     for name, questions in parts.items():
         lines = empty_fields(name, questions, fields)
-        rows = [row for row in questions if any(row.record.get(one, "?").strip() for one in fields)]
+        rows = [row for row in questions if any(row.record.get(field_name, "?").strip() for field_name in fields)]
         learns = name in ("train", "dev") and bool(fields) and len(rows) < len(questions)
         if learns and not rows:
             raise RecordError(f"the {name} data ({questions.name}) has no row with text in {', '.join(fields)}")
@@ -379,7 +381,7 @@ def _without_mistyped(
     parts: dict[str, Questions], labels: Sequence[str], counts: Mapping[str, int]
 ) -> tuple[dict[str, Questions], Report]:
     """Leave out rows whose label is none, but looks like a mistyped one. They are never counted as that label."""
-    kept, found = {}, Report()
+    kept, report = {}, Report()
     known = {label: max(counts.get(label, 0), TIMES) for label in labels}
     for name, questions in parts.items():
         own = Counter(row.record[TARGET_FIELD] for row in questions)
@@ -398,8 +400,8 @@ def _without_mistyped(
                 f"count it as that label: --merge {_quoted(f'{label}={right}')}"
             )
             left += [f"{_place(row)}: '{label}' looks like '{right}'" for row in wrong]
-        found += Report(warnings=tuple(warnings), left_out=tuple(left))
-    return kept, found
+        report += Report(warnings=tuple(warnings), left_out=tuple(left))
+    return kept, report
 
 
 def _check_spellings(counts: Mapping[str, int], mistyped: Mapping[str, str], *, name: str) -> None:

@@ -75,14 +75,14 @@ def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
     if first is None:
         raise RecordError(f"{rows.name} holds no records; it needs one conversation per record")
     keys = set(first) if isinstance(first, Mapping) else set()
-    found = next((shape for shape in SHAPES if keys.issuperset(shape.asked if ask else shape.keys)), None)
-    if found is None:
-        looked = ", ".join(shape.described for shape in SHAPES)
+    known = next((shape for shape in SHAPES if keys.issuperset(shape.asked if ask else shape.keys)), None)
+    if known is None:
+        forms = ", ".join(shape.described for shape in SHAPES)
         raise RecordError(
-            f"{where}: no known form of conversations; looked for {looked}; the keys found: "
+            f"{where}: no known form of conversations; looked for {forms}; the keys found: "
             f"{', '.join(map(str, first)) if keys else 'none'}. --field NEW=NAME reads the key NAME as NEW"
         )
-    return found
+    return known
 
 
 def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Iterator[ChatPart]]:
@@ -148,16 +148,20 @@ def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], 
 def _list_of(text: str) -> list[object] | None:
     """Return the list that a cell of a table holds as JSON."""
     try:
-        found: object = parse_json(text) if text.lstrip().startswith("[") else None
+        values: object = parse_json(text) if text.lstrip().startswith("[") else None
     except ValueError:
         return None
-    return found if isinstance(found, list) and found and all(isinstance(one, dict | list) for one in found) else None
+    return (
+        values
+        if isinstance(values, list) and values and all(isinstance(item, dict | list) for item in values)
+        else None
+    )
 
 
 def _answer(value: object, key: str) -> str:
     """Return an answer as text; a list of texts is one with several references."""
-    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
-        texts = [_text(one, key) for one in value]
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
+        texts = [_text(item, key) for item in value]
         if "" in texts:
             raise RecordError(f"{key}[{texts.index('')}] is empty")
         different = list(dict.fromkeys(texts))
@@ -167,17 +171,17 @@ def _answer(value: object, key: str) -> str:
 
 def _text(value: object, key: str) -> str:
     """Return a content as text, without the white space around it; parts of the type text are joined."""
-    if isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
-        kinds = [str(one.get("type")) for one in value]
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        kinds = [str(item.get("type")) for item in value]
         if set(kinds) != {"text"}:
             raise RecordError(
                 f"{key} has parts of the type {', '.join(sorted({*kinds} - {'text'}))}; only text is read"
             )
-        value = "".join(str(one["text"]) for one in value if one.get("text") is not None)
-    found = scalar(value)
-    if found is None and value is not None:
+        value = "".join(str(item["text"]) for item in value if item.get("text") is not None)
+    plain = scalar(value)
+    if plain is None and value is not None:
         raise RecordError(f"{key} is {shown(value)}, and must be a text")
-    text = found if isinstance(found, str) else "" if found is None else json.dumps(found)
+    text = plain if isinstance(plain, str) else "" if plain is None else json.dumps(plain)
     check_text(text, where=key, what="it")
     return text.strip()
 
@@ -218,8 +222,8 @@ class ConversationRows:
     rows: Sequence[Row]
 
     @property
-    def told(self) -> str:
-        """What was recognised, in a line."""
+    def summary(self) -> str:
+        """The form and the counts, in a line."""
         rows = len({where for where, _ in self.rows})
         count = (
             f"{rows} conversation{'s' * (rows != 1)}, {len(self.questions)} answer{'s' * (len(self.questions) != 1)}"
@@ -251,24 +255,24 @@ def read_conversations(
         named = [(where, renamed(row, _there(row, fields), where=where)) for where, row in rows if _is_row(row, where)]
         rows = RawRows(named, name=rows.name, digest=rows.sha256, format=rows.format)
     shape = recognise(rows, ask=ask)
-    found: list[tuple[Question, Row]] = []
+    pairs: list[tuple[Question, Row]] = []
     for where, row in rows:
         try:
-            found += [(one, (where, row)) for one in _questions(shape, row, where=where, ask=ask)]
+            pairs += [(question, (where, row)) for question in _questions(shape, row, where=where, ask=ask)]
         except RecordError as error:
             raise RecordError(f"{where}: {error}" if not str(error).startswith(where) else str(error)) from error
-    if not found:
+    if not pairs:
         raise RecordError(f"{rows.name} has no answer to learn: every one is marked to be left out (loss, weight)")
-    questions = Questions((one for one, _ in found), name=rows.name, digest=rows.sha256, fields=fields)
-    return ConversationRows(shape, questions, [row for _, row in found])
+    questions = Questions((question for question, _ in pairs), name=rows.name, digest=rows.sha256, fields=fields)
+    return ConversationRows(shape, questions, [row for _, row in pairs])
 
 
 def system_text(questions: Questions) -> str | None:
     """Return the system text of conversations, None without one. A ConfigError if they have several."""
     texts: dict[str, str] = {}
-    for one in questions:
-        if SYSTEM in one.record:
-            texts.setdefault(one.record[SYSTEM], one.where)
+    for question in questions:
+        if SYSTEM in question.record:
+            texts.setdefault(question.record[SYSTEM], question.where)
     if len(texts) > 1:
         (first, where), (second, other) = list(texts.items())[:2]
         raise ConfigError(
@@ -311,8 +315,8 @@ def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool
         return
     for at, part in enumerate(said):
         if part.role == ASSISTANT and part.learned:
-            told = {CONVERSATION_FIELD: write_messages(turns[:at]), TARGET_FIELD: part.content}
-            yield Question({**record, **told}, group=where, where=where)
+            fields = {CONVERSATION_FIELD: write_messages(turns[:at]), TARGET_FIELD: part.content}
+            yield Question({**record, **fields}, group=where, where=where)
 
 
 def _checked(parts: Sequence[ChatPart], *, ask: bool) -> tuple[str | None, list[ChatPart]]:

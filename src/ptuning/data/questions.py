@@ -66,7 +66,7 @@ class RowPath:
             raise TaskError(
                 f"'{text}' is not a path into a row; write names with dots between them, and [] behind a list"
             )
-        found = []
+        parsed = []
         for repair in repairs:
             name, _, argument = repair.strip().partition(" ")
             if name not in REPAIRS:
@@ -78,8 +78,8 @@ class RowPath:
                 raise TaskError(f"'{text}': the repair '{name}' {what} behind its name")
             if name == "mark":
                 cls.parse(argument)
-            found.append((name, argument))
-        return cls(names, tuple(found), text)
+            parsed.append((name, argument))
+        return cls(names, tuple(parsed), text)
 
     @property
     def prefix(self) -> str:
@@ -88,14 +88,14 @@ class RowPath:
 
     def values(self, context: Context, *, where: str) -> list[Json]:
         """Return the values at the path, without repairs: one, or any number if it goes through lists of its own."""
-        found: list[Json] = [context[""]]
+        level: list[Json] = [context[""]]
         for depth, name in enumerate(self.names, start=1):
             prefix = ".".join(self.names[:depth])
             if prefix in context:
-                found = [context[prefix]]
+                level = [context[prefix]]
                 continue
-            found = [inner for value in found for inner in _step(value, name, path=self.written, where=where)]
-        return found
+            level = [inner for value in level for inner in _step(value, name, path=self.written, where=where)]
+        return level
 
     def texts(self, context: Context, *, where: str) -> list[str]:
         """Return the texts at the path, repaired; numbers and booleans as JSON writes them."""
@@ -106,13 +106,13 @@ class RowPath:
 
     def text(self, context: Context, *, where: str) -> str:
         """Return the one text at the path; raise a RecordError if there is not exactly one."""
-        found = self.texts(context, where=where)
-        if len(found) != 1:
+        texts = self.texts(context, where=where)
+        if len(texts) != 1:
             raise RecordError(
-                f"{where}: '{self.written}' leads to {len(found)} texts, and a field takes one; list what it goes "
+                f"{where}: '{self.written}' leads to {len(texts)} texts, and a field takes one; list what it goes "
                 "through under 'rows'"
             )
-        return found[0]
+        return texts[0]
 
     def repaired(self, text: str, context: Context, *, where: str) -> str:
         """Apply the repairs to a text; raise a RecordError if one does not find the text or number that it needs."""
@@ -332,13 +332,13 @@ class Reader:
         return known[text]
 
     def _idx(self, context: Context, *, where: str) -> Json:
-        found: dict[str, Json] = {}
+        numbers: dict[str, Json] = {}
         for name, path in self.idx.items():
             try:
-                found[name] = path.values(context, where=where)[0]
+                numbers[name] = path.values(context, where=where)[0]
             except (RecordError, IndexError):
                 return None  # only the files for a benchmark's server need it
-        return found.get("", found or None)
+        return numbers.get("", numbers or None)
 
 
 def as_questions(data: Rows | Questions) -> Questions:
@@ -361,11 +361,11 @@ def _plain(row: object, *, where: str) -> Json:
     """
     try:
         text = json.dumps(row, ensure_ascii=False, default=_as_json)
-        found: Json = json.loads(text, parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get)
+        plain: Json = json.loads(text, parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get)
     except (TypeError, ValueError, RecursionError) as error:
         raise RecordError(f"{where}: the row cannot be read as JSON ({error})") from error
     check_text(text, where=where)
-    return found
+    return plain
 
 
 def _as_json(value: object) -> object:

@@ -132,8 +132,8 @@ def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
     if not fields:
         return records
     rows = [_renamed(dict(row), {new: old for new, old in fields.items() if old in row}, where="") for row in records]
-    found = {**fields, **records.fields}
-    return Records(rows, name=records.name, digest=records.sha256, places=records.places, fields=found)
+    names = {**fields, **records.fields}
+    return Records(rows, name=records.name, digest=records.sha256, places=records.places, fields=names)
 
 
 def raw_rows(data: bytes, *, name: str, asked: Asked | None = None) -> RawRows:
@@ -167,8 +167,8 @@ def raw_rows(data: bytes, *, name: str, asked: Asked | None = None) -> RawRows:
 
 def shipped_facts() -> dict[str, dict[str, object]]:
     """Return the shipped facts: name -> title, manual template, ``about`` noun and rows per split."""
-    found: dict[str, dict[str, object]] = json.loads((_facts_folder() / "index.json").read_text(encoding="utf-8"))
-    return found
+    facts: dict[str, dict[str, object]] = json.loads((_facts_folder() / "index.json").read_text(encoding="utf-8"))
+    return facts
 
 
 def _facts_folder() -> Traversable:
@@ -340,19 +340,19 @@ def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where:
     """Return a record with ``fields`` (new name -> name in the file) under their new names only, so that no copy of an
     answer is left; a RecordError if one is missing.
     """
-    found = {}
+    moved = {}
     for new, old in (fields or {}).items():
         if old not in record:
             raise RecordError(
                 f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
             )
-        found[new] = record[old]
-    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | found
+        moved[new] = record[old]
+    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | moved
 
 
 def _renamed(record: Mapping[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    found = renamed(record, fields, where=where)
-    return {name: text.strip() if name == TARGET_FIELD else text for name, text in found.items()}
+    moved = renamed(record, fields, where=where)
+    return {name: text.strip() if name == TARGET_FIELD else text for name, text in moved.items()}
 
 
 def parquet_rows(data: bytes, *, name: str) -> list[Mapping[str, object]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
@@ -99,7 +99,7 @@ class TaskKeys(FileModel, extra="forbid"):
     metrics: Texts = ("accuracy",)
     calibrate: bool = False
     normalise: Normalise = "sum"
-    files: dict[Literal["train", "dev", "val", "test"], Texts] = Field(default_factory=dict)
+    files: dict[str, Texts] = Field(default_factory=dict)
     patterns: tuple[PatternKeys, ...] = Field(min_length=1)
 
 
@@ -158,6 +158,10 @@ class TaskFile:
                     "'gather' is for texts with several references; a row with labels or choices has one answer"
                 )
             for part, names in keys.files.items():
+                if part not in SPLIT_FILES:
+                    raise TaskError(
+                        f"unknown key 'files.{part}'.{closest(part, SPLIT_FILES)} Known: {', '.join(SPLIT_FILES)}"
+                    )
                 for name in names:
                     if Path(name).suffix.lower() in SUFFIXES:
                         raise TaskError(f"[files] {part} names '{name}'; leave its ending out: '{Path(name).stem}'")
@@ -243,10 +247,10 @@ class TaskFile:
         self, rows: Iterable[Row], *, name: str, digest: str | None = None, labelled: bool = True
     ) -> Questions:
         """Read rows, each given as (file and line, row); errors as for :meth:`read`."""
-        found = Questions(self.reader.read(rows, labelled=labelled), name=name, digest=digest)
-        if not found:
+        questions = Questions(self.reader.read(rows, labelled=labelled), name=name, digest=digest)
+        if not questions:
             raise RecordError(f"{name} holds no rows of the task {self.name}")
-        return found
+        return questions
 
     def read_rows(self, rows: Iterable[Mapping[str, object]], *, labelled: bool = True) -> Questions:
         """Read rows in memory, each like a line of a data file; errors as for :meth:`read`."""

@@ -22,7 +22,7 @@ from ptuning.files import Json, make_folder
 from ptuning.method.base import Method
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import tried_factors
-from ptuning.names import ALL_METHODS, COMPARISON, REPORT, check_writable, sweep
+from ptuning.names import ALL_METHODS, COMPARISON, REPORT, check_writable, remove_stale
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
 from ptuning.report.results_file import MethodInfo, Results
@@ -223,7 +223,7 @@ def run_jobs(
     make_folder(plan.out)
     if plan.part is not None:
         return collected(list(_run(suite, units, plan)))
-    sweep(plan.out, REPORT_FILES)
+    remove_stale(plan.out, REPORT_FILES)
     return _run_and_report(suite, units, plan, collected)
 
 

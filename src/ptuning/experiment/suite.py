@@ -45,7 +45,7 @@ from ptuning.names import (
     RUN_FILE,
     STARTED_FILE,
     remove,
-    sweep,
+    remove_stale,
 )
 from ptuning.progress import Interrupted, OnProgress, Progress, named
 from ptuning.provenance import described, versions
@@ -258,12 +258,12 @@ class Suite:
         going.tell(cells[0])
         with held(self.out, unit, going.check_stop):
             for cell in cells:  # what killed processes left
-                sweep(self.out / cell.folder, CELL)
+                remove_stale(self.out / cell.folder, CELL)
                 mark = self.out / cell.folder / STARTED_FILE
                 if mark.exists() and self.load(cell) is not None:
                     mark.unlink()
             if unit.checkpoint is not None:
-                sweep(self.out / unit.checkpoint, FLEET_CHECKPOINT)
+                remove_stale(self.out / unit.checkpoint, FLEET_CHECKPOINT)
                 yield from self._run_together(cells, self.out / unit.checkpoint, going)
                 return
             for cell in cells:

@@ -61,7 +61,7 @@ def collisions_of(keys: Sequence[Hashable | None], owners: Sequence[int]) -> lis
 
 def is_distinguishable(collisions: Collisions, right: Collection[Hashable]) -> bool:
     """Whether an answer that is right can be a hit: the tokenizer knows it, and tells it from every wrong one."""
-    return collisions is not None and all(one in right for one in collisions)
+    return collisions is not None and all(other in right for other in collisions)
 
 
 def check_targets(known: Sequence[bool], records: Records, *, is_choice: bool = False) -> list[str]:
@@ -91,7 +91,7 @@ def check_targets(known: Sequence[bool], records: Records, *, is_choice: bool = 
 
 def check_candidates(collisions: Sequence[Collisions], texts: Sequence[str]) -> list[str]:
     """Return a warning about candidates that the tokenizer does not know or tell apart, if there are any."""
-    doubtful = [text for text, one in zip(texts, collisions, strict=True) if one is None or one]
+    doubtful = [text for text, same in zip(texts, collisions, strict=True) if same is None or same]
     if not doubtful:
         return []
     return [

@@ -104,8 +104,8 @@ class Conversations:
         self, record: Record, limit: int | None = None, *, named: bool = False
     ) -> list[tuple[str, MarkedText]]:
         """Return the segments of a record's turns (:meth:`ChatMarkup.between`), all of one name unless ``named``."""
-        found = self._markup.between(self._turns(record, limit))
-        return found if named else [(LITERAL, text) for _, text in found]
+        segments = self._markup.between(self._turns(record, limit))
+        return segments if named else [(LITERAL, text) for _, text in segments]
 
     def check(self, record: Record, target: str | None, *, where: str) -> None:
         """Raise a RecordError if the turns cannot be read, or the chat template would change them or the answer."""
@@ -152,11 +152,11 @@ def chat_template(tokenizer: Tokenizer, system: str | None = None) -> Template:
     Raises:
         BackboneError: If the model has no chat template, or it changes the contents of turns.
     """
-    found = chat_parts(tokenizer)
-    slots = TextSlots(system or found.system or DEFAULT_SYSTEM)
-    behind = APART if found.behind_system is None else found.behind_system
-    pieces: list[Piece] = [Literal(found.opening), slots, Literal(behind), Conversation(), Literal(found.header)]
-    pieces += [Target(), Literal(found.end)]
+    parts = chat_parts(tokenizer)
+    slots = TextSlots(system or parts.system or DEFAULT_SYSTEM)
+    behind = APART if parts.behind_system is None else parts.behind_system
+    pieces: list[Piece] = [Literal(parts.opening), slots, Literal(behind), Conversation(), Literal(parts.header)]
+    pieces += [Target(), Literal(parts.end)]
     return Template(tuple(piece for piece in pieces if piece != Literal("")))
 
 
@@ -172,10 +172,10 @@ def chat_parts(tokenizer: Tokenizer) -> ChatParts:
             "the chat template of this model begins the conversation or its last answer in another way when there are "
             "more turns, so it cannot be used; write its markup into a template (--template)"
         )
-    asked = markup.around([USER])[-1]
-    if not header.startswith(asked):
+    ending = markup.around([USER])[-1]
+    if not header.startswith(ending):
         text = "the chat template asks for an answer behind %r, and writes answers behind %r, where they are learned"
-        logger.warning(text, asked, header)
+        logger.warning(text, ending, header)
     end = _end(markup, tokenizer)
     placed = _system_place(markup)
     if placed is None:
@@ -201,9 +201,9 @@ def _end(markup: ChatMarkup, tokenizer: Tokenizer) -> str:
     end of a text if there is none.
     """
     behind = markup.around([USER, ASSISTANT, USER])[2]
-    found = first_special(behind, tokenizer)
-    if found is not None:
-        return found
+    end = first_special(behind, tokenizer)
+    if end is not None:
+        return end
     return next((name for name, index in tokenizer.special_ids.items() if index == tokenizer.stop_id), "")
 
 
@@ -218,10 +218,10 @@ def own_end(template: Template, tokenizer: Tokenizer) -> tuple[MarkedText, str]:
     """Return what a template says that answers end with, a special token behind ``[Y]``, and what else stands there."""
     left, dropped = template.without_tail()
     behind = template.pieces[len(left.pieces) :]
-    if not (behind and isinstance(behind[0], Literal) and (found := first_special(behind[0].text, tokenizer))):
+    if not (behind and isinstance(behind[0], Literal) and (special := first_special(behind[0].text, tokenizer))):
         return NOTHING, dropped
-    rest = Literal(behind[0].text.removeprefix(found))
-    return MarkedText(found, ((0, len(found)),)), render([rest, *behind[1:]])
+    rest = Literal(behind[0].text.removeprefix(special))
+    return MarkedText(special, ((0, len(special)),)), render([rest, *behind[1:]])
 
 
 def _check_plain(markup: ChatMarkup, roles: Sequence[str]) -> None:

@@ -270,9 +270,9 @@ class TokenizedTemplate:
         """Return which slots, counted from the first one of the whole template, stand for each of the lines that the
         words of the piece at an index are made of.
         """
-        before = sum(isinstance(one, Slots | TextSlots) for one in self.template.pieces[:piece])
-        own = [one for one in self._pieces if isinstance(one, PlacedSlots)]
-        start = sum(len(one.start_ids) for one in own[:before])
+        before = sum(isinstance(item, Slots | TextSlots) for item in self.template.pieces[:piece])
+        own = [item for item in self._pieces if isinstance(item, PlacedSlots)]
+        start = sum(len(item.start_ids) for item in own[:before])
         texts = itertools.accumulate(lines)
         ends = [min(len(self._starts(text, behind=None)), len(own[before].start_ids)) for text in texts]
         return [range(start + low, start + high) for low, high in itertools.pairwise([0, *ends])]
@@ -352,8 +352,10 @@ class TokenizedTemplate:
                 shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
             else:
                 shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
-        texts = [text for one in parts if isinstance(one, TextRun) for part, text in one.segments if part == LITERAL]
-        written = {i for name, i in self.tokenizer.special_ids.items() if any(name in one.characters for one in texts)}
+        texts = [text for run in parts if isinstance(run, TextRun) for part, text in run.segments if part == LITERAL]
+        written = {
+            i for name, i in self.tokenizer.special_ids.items() if any(name in text.characters for text in texts)
+        }
         return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
 
     def texts(self, record: Record) -> tuple[str, ...]:
@@ -438,7 +440,7 @@ class TokenizedTemplate:
                 limit = self._limit(group)
                 left_out = self._chat.left_out(group[0].record, limit)
                 cut = self._fill(group, limit)
-                own = [replace(one, shortened=True, turns_left_out=left_out) for one in cut]
+                own = [replace(example, shortened=True, turns_left_out=left_out) for example in cut]
             examples += own
         return examples
 

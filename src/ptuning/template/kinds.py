@@ -53,8 +53,8 @@ def in_front(template: Template, slots: Slots | TextSlots) -> Template:
 # arXiv:2110.07602; Lu et al. (2025), arXiv:2507.04221. All start at text (docs/deep.md): from random vectors they learn
 # nothing in few steps.
 KINDS: Mapping[str, PromptKind] = {
-    one.name: one
-    for one in (
+    kind.name: kind
+    for kind in (
         PromptKind(
             "prompt-tuning",
             f"{PROMPT_SLOTS} free slots of the input in front of the manual prompt",

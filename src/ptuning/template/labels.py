@@ -180,7 +180,9 @@ def _check_once(labels: Sequence[str]) -> None:
 def _words_of(label: object, listed: object) -> tuple[str, ...]:
     """Return the words of a label, without the space around them: the template brings it."""
     words = (listed,) if isinstance(listed, str) else listed
-    if not (isinstance(label, str) and isinstance(words, list | tuple) and all(isinstance(one, str) for one in words)):
+    if not (
+        isinstance(label, str) and isinstance(words, list | tuple) and all(isinstance(item, str) for item in words)
+    ):
         raise LabelWordError(
             f"label {shown(label)} has {shown(listed)}; its name is a text, and its words a text or a list of texts"
         )

@@ -35,10 +35,10 @@ def read_messages(text: str, *, where: str = "the record") -> Messages:
     >>> read_messages("Is it far?")
     (ChatMessage(role='user', content='Is it far?'),)
     """
-    found = _listed(text) if text.lstrip().startswith("[") else None
-    if found is None:
+    listed = _listed(text) if text.lstrip().startswith("[") else None
+    if listed is None:
         return (ChatMessage(USER, text.strip()),)
-    turns = tuple(ChatMessage(role, content.strip()) for role, content in found)
+    turns = tuple(ChatMessage(role, content.strip()) for role, content in listed)
     for number, turn in enumerate(turns):
         expected = ASSISTANT if number % 2 else USER
         if turn.role != expected:
@@ -66,10 +66,10 @@ def _listed(text: str) -> list[tuple[str, str]] | None:
         listed = parse_json(text)
     except ValueError:
         return None
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for turn in listed if isinstance(listed, list) else ():
         role, content = (turn.get(name) for name in ChatMessage._fields) if isinstance(turn, dict) else (None, None)
         if not (isinstance(role, str) and isinstance(content, str)):
             return None
-        found.append((role, content))
-    return found or None
+        pairs.append((role, content))
+    return pairs or None

@@ -16,14 +16,14 @@ SHARING_TEXTS = 4
 BORDER = re.compile(r"(?<=\w) (?=\w)")
 
 
-def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+def shared_length(left: Sequence[object], right: Sequence[object]) -> int:
     """Return the number of leading elements that two sequences share.
 
     >>> shared_length("Mexico City", "Mexicali")
     5
     """
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def has_words_apart(tokens: Collection[str]) -> bool:
@@ -44,17 +44,17 @@ def encode_shared_prefix(encode: Encode, texts: Sequence[str]) -> list[list[int]
     for text in dict.fromkeys(texts):
         groups.setdefault(text[:SHARED_CHARACTERS] if len(text) > SHARED_CHARACTERS else "", []).append(text)
     whole = groups.pop("", [])
-    found: dict[str, list[int]] = {}
+    encoded: dict[str, list[int]] = {}
     for group in groups.values():
         parts = _in_parts(encode, group) if len(group) >= SHARING_TEXTS else None
         if parts is None:
             whole += group
         else:
-            found |= parts
+            encoded |= parts
     if len(whole) == len(texts):
         return encode(texts)
-    found |= zip(whole, encode(whole), strict=True)
-    return [found[text] for text in texts]
+    encoded |= zip(whole, encode(whole), strict=True)
+    return [encoded[text] for text in texts]
 
 
 def _in_parts(encode: Encode, texts: Sequence[str]) -> dict[str, list[int]] | None:
@@ -67,5 +67,5 @@ def _in_parts(encode: Encode, texts: Sequence[str]) -> dict[str, list[int]] | No
     lead, head, *tails = encode([ANCHOR_WORD, first[:at], *(ANCHOR_WORD + text[at:] for text in texts)])
     if any(tail[: len(lead)] != lead for tail in tails):
         return None
-    found = {text: head + tail[len(lead) :] for text, tail in zip(texts, tails, strict=True)}
-    return found if [found[first], found[last]] == encode([first, last]) else None
+    joined = {text: head + tail[len(lead) :] for text, tail in zip(texts, tails, strict=True)}
+    return joined if [joined[first], joined[last]] == encode([first, last]) else None

@@ -19,7 +19,7 @@ from torch import Tensor
 from ptuning.backbone.trained_weights import PREFIX, read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
 from ptuning.files import Json, make_folder, parse_json
-from ptuning.names import BEST_FILE, CHECKPOINT, CHECKPOINT_FILE, delete, survey
+from ptuning.names import BEST_FILE, CHECKPOINT, CHECKPOINT_FILE, delete, scan_folder
 from ptuning.training.identity import check_identity
 
 
@@ -145,7 +145,7 @@ class KeptWeights:
     def forget_others(self, *, epoch: int) -> None:
         """Remove the weights of all other epochs, once no checkpoint names them."""
         first = BEST_FILE.partition("{")[0]
-        ours = (path for path in survey(self._folder, CHECKPOINT).ours if path.parent == self._folder)
+        ours = (path for path in scan_folder(self._folder, CHECKPOINT).ours if path.parent == self._folder)
         delete(path for path in ours if path.name.startswith(first) and path != self._file(epoch))
 
     def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ptuning.files import Json, Unchecked, read_json
-from ptuning.names import ALONG, CHECKPOINT, CHECKPOINT_FOLDER, RUN, RUN_FILE, check_writable, clear, remove, sweep
+from ptuning.names import (
+    ALONG,
+    CHECKPOINT,
+    CHECKPOINT_FOLDER,
+    RUN,
+    RUN_FILE,
+    check_writable,
+    clear,
+    remove,
+    remove_stale,
+)
 from ptuning.training.identity import check_identity, identity_of_run
 
 
@@ -57,7 +67,7 @@ def clear_folder(folder: Path, *, replaces: bool, finished: bool) -> None:
     """Remove what killed processes left: half-written files, and the checkpoint of a run that is finished; and the
     earlier run, its record first, if it is to be replaced.
     """
-    sweep(folder, RUN)
+    remove_stale(folder, RUN)
     if replaces:
         clear(folder, RUN)
     elif finished:

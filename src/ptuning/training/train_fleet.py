@@ -22,7 +22,7 @@ from ptuning.names import (
     fleet_layout,
     is_folder_name,
     remove,
-    sweep,
+    remove_stale,
 )
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.provenance import versions
@@ -151,7 +151,7 @@ def train_fleet(
 def _tidy(folder: Path, *, resume: bool) -> None:
     """Remove what a killed process left beside the prompts, and unless they ``resume``, checkpoints of other fleets."""
     layout = fleet_layout(())
-    sweep(folder, replace(layout, folders={}))
+    remove_stale(folder, replace(layout, folders={}))
     for entry in () if resume or not folder.is_dir() else sorted(folder.iterdir()):
         if layout.folder(entry.name) is not None:
             remove(entry, FLEET_CHECKPOINT)
@@ -183,7 +183,7 @@ class _Going:
         """Train the prompts of a unit together, and yield each one that has ended."""
         checkpoint = folder / str(unit.checkpoint) if folder is not None else None
         if checkpoint is not None and this_writes():
-            sweep(checkpoint, FLEET_CHECKPOINT)
+            remove_stale(checkpoint, FLEET_CHECKPOINT)
         yield from fleet_runs(
             {name: runs[name] for name in unit.folders},
             checkpoint=checkpoint,
