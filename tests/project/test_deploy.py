@@ -21,10 +21,10 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.cli import app
 from ptuning.prompt.predict import PromptModel
 from ptuning.serve.http.app import create_app
-from ptuning.serve.http.front import ADMIN
 from ptuning.serve.http.keys import Keys
+from ptuning.serve.http.metrics import Metrics
+from ptuning.serve.http.middleware import ADMIN
 from ptuning.serve.http.service import Settings
-from ptuning.serve.http.watch import Monitor
 from ptuning.serve.registry import Registry
 from tests.cli.test_app import commands_of
 from tests.conftest import ROOT, learned
@@ -56,8 +56,8 @@ def options() -> set[str]:
 @pytest.fixture(scope="module")
 def metrics() -> set[str]:
     """The names of all samples that the service can expose."""
-    watch = Monitor(Registry(None, base_name="base", check=id), status=lambda: None)
-    exposed = watch.exposition()[0].decode()
+    metrics = Metrics(Registry(None, base_name="base", check=id), status=lambda: None)
+    exposed = metrics.exposition()[0].decode()
     found = set()
     for name, kind in re.findall(r"# TYPE (\S+) (\S+)", exposed):
         if name.endswith("_created"):

@@ -27,8 +27,8 @@ from ptuning.config import GenerationSettings
 from ptuning.prompt.predict import PromptModel
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
-from ptuning.serve.http.watch import Monitor
-from ptuning.serve.server import address_of, listening
+from ptuning.serve.http.metrics import Metrics
+from ptuning.serve.server import address_of, listen
 from ptuning.template.labels import LabelWords
 from tests.conftest import learned, plain_logits
 from tests.serve.http.conftest import Shelf, prompts_of, tiny
@@ -41,12 +41,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextlib.contextmanager
-def running(backbone: Backbone, shelf: Shelf, *, queue_rows: int) -> Iterator[tuple[str, Engine]]:
+def running(backbone: Backbone, shelf: Any, *, queue_rows: int) -> Iterator[tuple[str, Engine]]:
     """Run a service of these prompts; give its address, and its engine."""
     engine = Engine(PromptModel(backbone), queue_rows=queue_rows)
     engine.start()
-    app = create_app(engine, shelf, watch=Monitor(shelf, status=lambda: engine.status))
-    with listening("127.0.0.1", 0) as listener:
+    app = create_app(engine, shelf, metrics=Metrics(shelf, status=lambda: engine.status))
+    with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

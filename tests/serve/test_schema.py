@@ -25,8 +25,8 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.keys import Keys
+from ptuning.serve.http.metrics import Metrics
 from ptuning.serve.http.service import Settings
-from ptuning.serve.http.watch import Monitor
 from ptuning.serve.registry import Registry
 from tests.serve.http.conftest import prompts_of, tiny
 
@@ -45,8 +45,8 @@ def app(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory):
     engine.start()
     registry = Registry(folder, base_name="tiny", check=lambda prompt: engine.call(lambda: prompt.bind(tiny)))
     registry.reload()
-    watch = Monitor(registry, status=lambda: engine.status)
-    yield create_app(engine, registry, Settings(admin_keys=Keys.read(folder / "keys")), watch=watch)
+    watch = Metrics(registry, status=lambda: engine.status)
+    yield create_app(engine, registry, Settings(admin_keys=Keys.read(folder / "keys")), metrics=watch)
     engine.stop()
 
 

@@ -24,14 +24,13 @@ from ptuning.errors import ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.job import Job, Outcome, StoppedError, Token
-from ptuning.serve.http import protocol
 from ptuning.serve.http.app import create_app
-from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
-from ptuning.serve.server import address_of, is_local, listening, run, starting
+from ptuning.serve.server import address_of, is_local, listen, run
 from tests.serve.http.conftest import Shelf, prompts_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and sockets of POSIX")
+NO_REGISTRY: Any = SimpleNamespace(close=lambda: None)
 WAIT = 20.0  # for something that happens at once, on a machine that is busy
 ANSWER = Outcome(Prediction("an answer", (Candidate("an answer", -1.0),)))
 
@@ -148,15 +147,15 @@ def tiny(model_folder: Callable[[str], Path]) -> Backbone:
 @pytest.fixture(scope="module")
 def server(tiny: Backbone) -> Iterator[Running]:
     """One server for all tests that need no signals."""
-    engine = Held(PromptModel(tiny))
+    engine: Any = Held(PromptModel(tiny))
     settings = Settings(body_seconds=0.3, body_bytes=10_000, keep_alive=0.05, pending_pieces=200)
     app = create_app(engine, Shelf.of(prompts_of(tiny)), settings)
-    listener = listening("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     ready: queue.Queue[Callable[[], None]] = queue.Queue()
     made = Running(engine, app, listener.getsockname())
 
     def work() -> None:
-        run(app, engine, SimpleNamespace(close=lambda: None), listener, drain=1, on_ready=ready.put)
+        run(app, engine, NO_REGISTRY, listener, drain=1, on_ready=ready.put)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -166,12 +165,6 @@ def server(tiny: Backbone) -> Iterator[Running]:
     end()
     thread.join(WAIT)
     assert not thread.is_alive()
-
-
-@pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.3)
-    monkeypatch.setattr(protocol, "READ_SECONDS", 0.3)
 
 
 @pytest.mark.parametrize("body", [{}, {"stream": True}], ids=["whole", "stream"])
@@ -225,16 +218,6 @@ def test_a_client_that_does_not_read_has_its_job_cancelled_and_others_are_unhurt
     made.close()
 
 
-def test_a_client_that_does_not_read_is_cut_off_in_time(server: Running) -> None:
-    """Even if it has few pieces: the time to read is bounded, too."""
-    made = server.ask({"stream": True})
-    job = server.job()
-    for _ in range(100):
-        job.listener.piece(0, "x" * 200_000, [])
-    waited(lambda: job.cancelled)
-    made.close()
-
-
 def test_a_stream_that_is_quiet_says_that_it_lives(server: Running) -> None:
     with server.ask({"stream": True}) as made:
         job = server.job()
@@ -246,38 +229,6 @@ def test_a_stream_that_is_quiet_says_that_it_lives(server: Running) -> None:
         found += read_all(made)
     assert b"an answer" in found
     assert b"data: [DONE]" in found
-
-
-def test_slow_headers_end_and_others_are_answered_meanwhile(server: Running) -> None:
-    for begun in (b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nHost: a\r\nX-Slow: "):
-        with server.connect() as made:
-            made.sendall(begun)
-            assert server.is_well()
-            assert read_all(made) == b""
-
-
-def test_headers_that_trickle_in_end_all_the_same(server: Running) -> None:
-    with server.connect() as made:
-        made.sendall(b"GET /health HTTP/1.1\r\n")
-        end = time.monotonic() + WAIT
-        with contextlib.suppress(OSError):
-            while time.monotonic() < end:
-                made.sendall(b"A: b\r\n")
-                time.sleep(0.02)
-        assert time.monotonic() < end
-
-
-def test_the_next_request_of_a_connection_has_its_own_time_for_headers(server: Running) -> None:
-    whole = request_of("/health").replace(b"Connection: close\r\n", b"")
-    with server.connect() as made:
-        for _ in range(2):
-            made.sendall(whole)
-            found = b""
-            while b'"ok"}' not in found:
-                found += made.recv(65536)
-            time.sleep(0.35)  # longer than headers may take: nothing has begun
-        made.sendall(b"GET /hea")
-        assert read_all(made) == b""
 
 
 def test_a_slow_body_is_told_so(server: Running) -> None:
@@ -350,9 +301,9 @@ def forked(tiny: Backbone) -> Iterator[Callable[..., Forked]]:
     pipes: list[int] = []
 
     def start(*, drain: float, before: Callable[[Held], None] = lambda _: None) -> Forked:
-        engine = Held(PromptModel(tiny))
+        engine: Any = Held(PromptModel(tiny))
         app = create_app(engine, Shelf.of(prompts_of(tiny)))
-        listener = listening("127.0.0.1", 0)
+        listener = listen("127.0.0.1", 0)
         reads, writes = os.pipe()
         asked, tell = os.pipe()
         pipes.extend((reads, writes, asked, tell))
@@ -375,8 +326,7 @@ def forked(tiny: Backbone) -> Iterator[Callable[..., Forked]]:
             code = 1
             try:
                 before(engine)
-                no_changes = SimpleNamespace(close=lambda: None)
-                run(app, engine, no_changes, listener, drain=drain, on_ready=told)
+                run(app, engine, NO_REGISTRY, listener, drain=drain, on_ready=told)
                 code = 0
             except StoppedError:
                 code = 17
@@ -469,7 +419,7 @@ def test_a_kill_leaves_nothing_behind(forked: Callable[..., Forked]) -> None:
         found.kill(signal.SIGKILL)
         assert read_all(made) == b""
     assert ended(found.child) == -signal.SIGKILL
-    with listening(*found.server.address) as again:
+    with listen(*found.server.address) as again:
         again.listen()
 
 
@@ -495,89 +445,17 @@ def test_a_service_without_file_handles_answers_again_when_there_are_some(
         assert status_of(read_all(last)) == 200
 
 
-# ---------------------------------------------------------------------------------------------------- the beginning
-
-
-def test_while_the_model_is_loaded_it_lives_and_is_not_ready(tiny: Backbone) -> None:
-    """Abuse case 22: 503 for all that asks, the page for who looks; whoever comes last waits for the service."""
-    settings = Settings(keys=Keys.of("sk-1"))
-    with listening("127.0.0.1", 0) as listener:
-        with starting(listener, settings):
-            made = Running(Held(PromptModel(tiny)), None, listener.getsockname())
-            assert made.is_well()
-            for path, status in (("/", 200), ("/ready", 503), ("/v1/models", 401)):
-                with made.ask(path=path) as one:
-                    assert status_of(read_all(one)) == status
-            with made.connect() as one:
-                one.sendall(
-                    request_of("/v1/completions", {}).replace(b"Host: a", b"Host: a\r\nAuthorization: Bearer sk-1")
-                )
-                found = read_all(one)
-            assert status_of(found) == 503
-            assert b"the service is loading; ask again later" in found
-            assert b"retry-after: 5" in found.lower()
-        with made.ask(path="/health") as waits:
-            engine = made.engine
-            engine.on_job = lambda job: threading.Timer(0.0, engine.answer, [job]).start()
-            ready: queue.Queue[Callable[[], None]] = queue.Queue()
-            thread = threading.Thread(
-                target=run,
-                args=(create_app(engine, Shelf.of(prompts_of(tiny))), engine, SimpleNamespace(close=int), listener),
-                kwargs={"drain": 1, "on_ready": ready.put},
-            )
-            thread.start()
-            end = ready.get(timeout=WAIT)
-            assert status_of(read_all(waits)) == 200
-        with made.ask() as one:
-            assert status_of(read_all(one)) == 200
-        end()
-        thread.join(WAIT)
-        assert not thread.is_alive()
-
-
-def test_a_model_that_cannot_be_loaded_ends_it() -> None:
-    with listening("127.0.0.1", 0) as listener:
-        address = listener.getsockname()
-        with pytest.raises(ConfigError, match="no model"), starting(listener, Settings()):
-            raise ConfigError("no model")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(address, timeout=WAIT)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_where_nobody_can_answer_meanwhile_the_model_is_loaded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("no event loop")
-
-    monkeypatch.setattr("ptuning.serve.server.run", fails)
-    loaded = False
-    with listening("127.0.0.1", 0) as listener, starting(listener, Settings()):
-        loaded = True
-    assert loaded
-
-
-def test_of_two_that_take_a_port_at_once_one_is_told() -> None:
-    """Before either loads its model."""
-    with listening("127.0.0.1", 0) as one, listening(*one.getsockname()) as other:
-        one.listen()
-        with (
-            pytest.raises(ConfigError, match=r"cannot listen at .*; choose another --port"),
-            starting(other, Settings()),
-        ):
-            pytest.fail("it has begun")
-
-
 # ---------------------------------------------------------------------------------------------------- addresses
 
 
 def test_a_port_that_is_taken_is_one_error() -> None:
-    with listening("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         taken.listen()
-        with pytest.raises(ConfigError, match=r"port \d+: .*; choose another one with --port"):
-            listening("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"port \d+: .*--port"):
+            listen("127.0.0.1", taken.getsockname()[1])
         assert address_of(taken) == f"http://127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(ConfigError, match="--host"):
-        listening("no such host", 0)
+        listen("no such host", 0)
 
 
 @pytest.mark.parametrize(

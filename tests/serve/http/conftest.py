@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +20,9 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import Job, QueueFullError
 from ptuning.serve.http.app import create_app
+from ptuning.serve.http.metrics import Metrics, RequestStats
 from ptuning.serve.http.service import Service, Settings
-from ptuning.serve.http.watch import Monitor, Seen
-from ptuning.serve.registry import UnknownPromptError
+from ptuning.serve.registry import Served, UnknownPromptError
 from tests.conftest import learned
 
 BASE = "tiny"
@@ -53,16 +52,10 @@ class Shelf:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, prompts: dict[str, Prompt]) -> Shelf:
+    def of(cls, prompts: dict[str, Prompt]) -> Any:
         return cls(
             {
-                name: SimpleNamespace(
-                    name=name,
-                    prompt=prompt,
-                    folder=Path("/secret/place") / name,
-                    sha256="ab" * 32,
-                    loaded_at=time.time(),
-                )
+                name: Served(name, prompt, Path("/secret/place") / name, "ab" * 32, time.time())
                 for name, prompt in prompts.items()
             }
         )
@@ -73,16 +66,16 @@ class Shelf:
         return self.served[name]
 
 
-class Told(Monitor):
+class NotedMetrics(Metrics):
     """Notes the requests that are done."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Any) -> None:
         super().__init__(shelf, status=lambda: None)
         self.requests: list[tuple[str, list[str], int]] = []
 
-    def end(self, seen: Seen, *, route: str) -> None:
-        super().end(seen, route=route)
-        self.requests.append((route, [*seen.usage], seen.status))
+    def end(self, stats: RequestStats, *, route: str) -> None:
+        super().end(stats, route=route)
+        self.requests.append((route, [*stats.usage], stats.status))
 
 
 class Stub:
@@ -91,6 +84,7 @@ class Stub:
     def __init__(self, model: PromptModel, take: Callable[[Job], None], queue_rows: int = 64) -> None:
         self.model, self.take, self.queue_rows, self.is_alive = model, take, queue_rows, True
         self.is_full = False
+        self.status = None
 
     def submit(self, job: Job) -> None:
         self.take(job)
@@ -106,7 +100,7 @@ class Asked:
 
     client: TestClient
     service: Service
-    watch: Told
+    watch: NotedMetrics
     prompts: dict[str, Prompt]
     model: PromptModel
 
@@ -117,8 +111,8 @@ class Asked:
 def served(engine: Any, prompts: dict[str, Prompt], settings: Settings | None = None) -> Asked:
     """Return a client of a service on an engine."""
     shelf = Shelf.of(prompts)
-    watch = Told(shelf)
-    app = create_app(engine, shelf, settings, watch=watch)
+    watch = NotedMetrics(shelf)
+    app = create_app(engine, shelf, settings, metrics=watch)
     return Asked(TestClient(app), app.state.service, watch, prompts, engine.model)
 
 

@@ -73,22 +73,22 @@ def serve(
     from ptuning.prompt.predict import PromptModel
     from ptuning.serve.engine.engine import Engine
     from ptuning.serve.http.app import create_app
-    from ptuning.serve.http.watch import Monitor
-    from ptuning.serve.http.watch import access_log as requests_log
-    from ptuning.serve.server import address_of, listening, run, starting
+    from ptuning.serve.http.metrics import Metrics
+    from ptuning.serve.http.metrics import access_log as open_access_log
+    from ptuning.serve.server import address_of, listen, run
 
     settings = _settings(api_key_file, admin_key_file, host, open_to_all=open_to_all)
-    log = requests_log(access_log)
-    with listening(host, port) as listener:  # an error about it comes before the backbone is loaded
-        with starting(listener, settings):
-            loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
-            running = Engine(PromptModel(loaded), queue_rows=queue_rows, cache_memory=cache_memory)
-            running.start()
-            registry = _registry(prompts, folders, running)
-        app = create_app(running, registry, settings, watch=Monitor(registry, status=lambda: running.status, log=log))
-        said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
-        again = functools.partial(_reload, registry)
-        run(app, running, registry, listener, drain=drain, on_ready=lambda _: typer.echo(said), on_hangup=again)
+    log = open_access_log(access_log)
+    with listen(host, port) as listener:  # an error about it comes before the backbone is loaded
+        loaded = load(backbone, prompt=_first(prompts, [Path(folder) for folder in folders.values()]))
+        engine = Engine(PromptModel(loaded), queue_rows=queue_rows, cache_memory=cache_memory)
+        engine.start()
+        registry = _registry(prompts, folders, engine)
+        metrics = Metrics(registry, status=lambda: engine.status, log=log)
+        app = create_app(engine, registry, settings, metrics=metrics)
+        ready = _ready(address_of(listener), registry, has_key=settings.keys is not None)
+        reload = functools.partial(_reload, registry)
+        run(app, engine, registry, listener, drain=drain, on_ready=lambda _: typer.echo(ready), on_hangup=reload)
 
 
 def _registry(prompts: Path | None, named: Mapping[str, str], engine: Engine) -> Registry:

@@ -1,5 +1,4 @@
-"""The service over HTTP: what is asked in OpenAI's words becomes rows of the engine, and outcomes become answers.
+"""The service over HTTP: OpenAI's routes, predictions, and routes for operators. It does not know how rows are run.
 
-It must not know torch or the tokenizer: those belong to the engine's thread.
-Read first: ``app``, ``front``, ``service``, ``replies``, ``questions``. Then the room of the routes.
+Read first: ``app``, ``routes``, ``service``.
 """

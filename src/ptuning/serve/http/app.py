@@ -1,84 +1,110 @@
-"""The ASGI application: all routes behind one front, with errors in one shape."""
+"""The ASGI application: all routes, the browser page, and errors in one format."""
 
 from __future__ import annotations
 
 import http
+from importlib.resources import files
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ptuning.errors import cut
 from ptuning.provenance import VERSION
-from ptuning.serve.http.errors import ApiError, error_response
-from ptuning.serve.http.front import Front
-from ptuning.serve.http.routes import about, admin, chat, classify, completions, page, predict, tokens
-from ptuning.serve.http.service import Prompts, RowEngine, Service, Settings
-from ptuning.serve.http.watch import Monitor, seen_of
+from ptuning.serve.engine.engine import Engine
+from ptuning.serve.http import admin, routes
+from ptuning.serve.http.errors import ApiError
+from ptuning.serve.http.metrics import Metrics, stats_of
+from ptuning.serve.http.middleware import Middleware
+from ptuning.serve.http.service import Service, Settings
+from ptuning.serve.registry import Registry
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
-# The statuses that any route with a body may answer with, for /openapi.json.
+VALIDATION_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+# Statuses that any route with a body may answer with, for /openapi.json.
 STATUSES: dict[int | str, dict[str, object]] = {
     code: {"description": http.HTTPStatus(code).phrase} for code in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 }
+INDEX = "index.html"
+PAGE_TYPES = {INDEX: "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+PAGE_FILES = {name: (files("ptuning.serve.http") / "page" / name).read_bytes() for name in PAGE_TYPES}
+
+page = APIRouter(include_in_schema=False)
 
 
 def create_app(
-    engine: RowEngine, registry: Prompts, settings: Settings | None = None, *, watch: Monitor | None = None
+    engine: Engine, registry: Registry, settings: Settings | None = None, *, metrics: Metrics | None = None
 ) -> FastAPI:
-    """Return the service over HTTP. ``app.state.service`` has its phase.
+    """Return the service over HTTP; its :class:`Service` is ``app.state.service``.
 
     Args:
         engine: Answers rows; it must have been started.
         registry: The prompts by name.
         settings: Keys and limits.
-        watch: Is told of every request that is done.
+        metrics: Counts all requests.
     """
     app = FastAPI(
         title="ptuning", version=VERSION, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         responses=STATUSES, redirect_slashes=False,
     )  # fmt: skip
-    service = Service(
-        engine, registry, settings or Settings(), watch or Monitor(registry, status=lambda: engine.status)
-    )
-    app.state.service = service
-    for part in (about, completions, chat, predict, classify, tokens, page):
-        app.include_router(part.router)
-    if service.settings.admin_keys is not None:
+    settings = settings or Settings()
+    metrics = metrics or Metrics(registry, status=lambda: engine.status)
+    app.state.service = service = Service(engine, registry, settings, metrics)
+    app.include_router(routes.router)
+    app.include_router(page)
+    if settings.admin_keys is not None:
         app.include_router(admin.router)
-    if service.settings.admin_keys is not None or service.settings.open_metrics:
+    if settings.admin_keys is not None or settings.open_metrics:
         app.include_router(admin.metrics_router)
-    app.add_middleware(Front, service=service)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _refused)
+    app.add_middleware(Middleware, service=service)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _routing_error)
     return app
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+@page.api_route("/", methods=["GET", "HEAD"])
+async def index() -> Response:
+    """Return the page on which a person asks prompts."""
+    return _page_file(INDEX)
+
+
+@page.api_route("/static/{name}", methods=["GET", "HEAD"])
+async def static(name: str) -> Response:
+    """Return a file of the page."""
+    if name == INDEX or name not in PAGE_FILES:
+        raise HTTPException(404, "the page has no such file")
+    return _page_file(name)
+
+
+def _page_file(name: str) -> Response:
+    # Files change with the version and their names do not, so browsers ask again each time.
+    headers = {"Content-Type": f"{PAGE_TYPES[name]}; charset=utf-8", "Cache-Control": "no-cache"}
+    return Response(PAGE_FILES[name], headers=headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
     """Answer a body that is not JSON, or whose fields have wrong types: the first of them is named."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    first = found[0] if found else {}
-    if first.get("type") == "json_invalid":
-        why = first.get("ctx", {}).get("error", "it cannot be read")
-        return _told(request, ApiError(400, f"the body is not JSON: {why}", code="invalid_json"))
-    where = _place(first.get("loc", ()))
-    what = (
-        "the field is missing"
-        if first.get("type") == "missing"
-        else str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
+    errors = error.errors()
+    first = errors[0] if errors else {}
+    kind = str(first.get("type"))
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "it cannot be read")
+        return _error_response(request, ApiError(400, f"the body is not JSON: {reason}", code="invalid_json"))
+    field = _field_path(first.get("loc", ()))
+    message = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
+    message = "the field is missing" if kind == "missing" else message
+    code = VALIDATION_CODES.get(kind, "invalid_value")
+    return _error_response(
+        request, ApiError(400, f"'{field or 'the body'}': {message}", code=code, param=field or None)
     )
-    code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(str(first.get("type")), "invalid_value")
-    return _told(request, ApiError(400, f"'{where or 'the body'}': {what}", code=code, param=where or None))
 
 
-def _place(found: tuple[int | str, ...]) -> str:
-    """Return the field that an error is about, as ``records[3].x``. Pydantic puts in which alternative of a type it has
-    tried; those are not the request's words.
-    """
+def _field_path(location: tuple[int | str, ...]) -> str:
+    """Return the field of a validation error, as ``records[3].x``, without the union members that pydantic adds."""
     text = ""
-    for at, part in enumerate(found[1:]):
+    for at, part in enumerate(location[1:]):
         if isinstance(part, int):
             text += f"[{part}]"
         elif at == 0:
@@ -88,13 +114,13 @@ def _place(found: tuple[int | str, ...]) -> str:
     return cut(text, 100)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    """Answer what no route takes."""
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """Answer a request that no route takes."""
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "invalid_request")
-    return _told(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
+    return _error_response(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
 
 
-def _told(request: Request, error: ApiError) -> Response:
-    seen_of(request).refused(error.code)
-    return error_response(error)
+def _error_response(request: Request, error: ApiError) -> Response:
+    stats_of(request).error = error.code
+    return error.to_response()

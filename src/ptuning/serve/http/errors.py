@@ -1,4 +1,4 @@
-"""Errors as the clients of OpenAI read them: ``{"error": {"message", "type", "code", "param"}}``."""
+"""Errors in OpenAI's format, ``{"error": {"message", "type", "code", "param"}}``, and JSON responses."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ptuning.template.encode import TooLongError
 
 logger = logging.getLogger(__name__)
 
-MESSAGE_CHARACTERS = 2000
+MAX_MESSAGE = 2000
 RETRY_SECONDS = (1, 60)
-# A path of this machine: what stands in front of its last part is nobody's business.
+# The folders of a path of this machine, which no client needs to know.
 PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\s\\/'\"`,;:()]+)+(?=[\\/])[\\/]")
-# Advice about an option of the command line, at the end of a message: a client has none.
+# Advice about a command-line option at the end of a message: a client has none.
 OPTION = re.compile(r"[.;] [^.;]*\s--[a-z]{2,}[^.;]*$")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# The first class that an error is of -> status and code.
+# Error class -> status and code; the first that fits counts.
 CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (UnknownPromptError, 404, "model_not_found"),
     (ConflictError, 409, "conflict"),
@@ -53,7 +53,7 @@ CODES: tuple[tuple[type[Exception], int, str], ...] = (
 
 
 class ApiError(Exception):
-    """An error with its HTTP status. ``param`` names the field of the request that is wrong."""
+    """An error with its HTTP status; ``param`` names the wrong field of the request."""
 
     def __init__(
         self,
@@ -71,55 +71,55 @@ class ApiError(Exception):
     def to_json(self) -> dict[str, object]:
         """Return the error as the body of a response holds it."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = cut(without_paths(str(self)), MESSAGE_CHARACTERS)
+        message = cut(without_paths(str(self)), MAX_MESSAGE)
         return {"message": message, "type": kind, "code": self.code, "param": self.param}
+
+    def to_response(self) -> JsonResponse:
+        """Return the error as a response."""
+        headers = {"WWW-Authenticate": "Bearer", **self.headers} if self.status == 401 else self.headers
+        return JsonResponse({"error": self.to_json()}, status_code=self.status, headers=headers)
 
 
 class ClientGoneError(Exception):
-    """The client went away before the answer was there."""
+    """The client disconnected before the answer was complete."""
 
 
-def refused(param: str, message: str, code: str = "invalid_value") -> ApiError:
+def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     """Return the error of a request whose field ``param`` is wrong."""
     return ApiError(400, message, code=code, param=param)
 
 
-def api_error(error: Exception, *, request_id: str, param: str | None = None) -> ApiError:
-    """Return any error as one for the client. What is the service's own fault goes into the log, under the request's
-    id, and the client is told the id alone.
+def as_api_error(error: Exception, *, request_id: str, param: str | None = None) -> ApiError:
+    """Convert any error for the client. A fault of the service is logged under the request's id, and the client gets
+    only the id.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        least, most = RETRY_SECONDS
-        seconds = str(min(max(math.ceil(error.retry_after), least), most))
-        return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": seconds})
+        low, high = RETRY_SECONDS
+        headers = {"Retry-After": str(min(max(math.ceil(error.retry_after), low), high))}
+        return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
     for kind, status, code in CODES:
         if isinstance(error, kind):
-            where = error.param if isinstance(error, RefusedNameError) else "model" if status == 404 else param
-            told = OPTION.sub(".", str(error)) if kind is RecordError else str(error)
-            return ApiError(status, told, code=code, param=where)
+            field = error.param if isinstance(error, RefusedNameError) else "model" if status == 404 else param
+            message = OPTION.sub(".", str(error)) if kind is RecordError else str(error)
+            return ApiError(status, message, code=code, param=field)
     if isinstance(error, PTuningError) and not isinstance(error, FileError):
         return ApiError(400, str(error), code="invalid_value", param=param)
-    log_fault(error, request_id)
-    return ApiError(500, f"the service failed at this request; its log says why, under the id {request_id}",
-                    code="internal_error")  # fmt: skip
-
-
-def log_fault(error: Exception, request_id: str) -> None:
-    """Log a fault of the service. Texts of requests may be in its message, so nothing in it can begin a line."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    what = cut(ascii(str(error)), MESSAGE_CHARACTERS)
+    # Texts of requests may be in the message, so nothing in it may begin a line of the log.
+    frames, what = "".join(traceback.format_tb(error.__traceback__)), cut(ascii(str(error)), MAX_MESSAGE)
     logger.error("request %s failed: %s: %s\n%s", request_id, type(error).__name__, what, frames)
+    message = f"the service failed at this request; its log says why, under the id {request_id}"
+    return ApiError(500, message, code="internal_error")
 
 
 def without_paths(text: str) -> str:
-    """Return a message with the last part alone of each path in it."""
+    """Return a message with only the last part of each path in it."""
     return PATH.sub("", text)
 
 
 class JsonResponse(Response):
-    """A response of JSON. What is not a number is an error; half a character becomes a question mark."""
+    """JSON; NaN in it is an error, and lone surrogates become question marks."""
 
     media_type = "application/json"
 
@@ -130,13 +130,5 @@ class JsonResponse(Response):
 
 def as_json(content: object) -> bytes:
     """Return JSON; a ValueError if something in it is not a number."""
-    written = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return written.encode("utf-8", "replace")
-
-
-def error_response(error: ApiError) -> JsonResponse:
-    """Return an error as a response."""
-    headers = dict(error.headers)
-    if error.status == 401:
-        headers.setdefault("WWW-Authenticate", "Bearer")
-    return JsonResponse({"error": error.to_json()}, status_code=error.status, headers=headers)
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")

@@ -1,36 +1,30 @@
-"""The bodies of requests. Types are taken as they are: a number in quotes is a text.
+"""Request bodies. Types are strict: a number in quotes is a text.
 
-Fields of OpenAI's interface that would change the answer, and that are not there, are refused by their name; those that
-change nothing are ignored.
+Fields of OpenAI's interface that would change the answer and that are not supported are refused by name; those that
+change nothing are ignored. Sampling parameters of ``ptuning.GenerationSettings`` are taken under their names there.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import secrets
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ptuning.serve.http.errors import refused
+from ptuning.config import GenerationSettings
+from ptuning.errors import PTuningError
+from ptuning.serve.http.errors import invalid
 
-# What may be sent and changes no answer.
+# Fields that change no answer.
 IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "priority",
-)
-# What would change the answer -> the values that ask for nothing.
-NOTHING: dict[str, tuple[object, ...]] = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "request_id", "priority",
+)  # fmt: skip
+# Unsupported fields that would change the answer -> their neutral values, which are accepted.
+NEUTRAL: dict[str, tuple[object, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "logit_bias": ({},),
     "best_of": (1,),
     "suffix": ("",),
@@ -41,7 +35,6 @@ NOTHING: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "top_k": (0, -1),
     "min_p": (0,),
     "min_tokens": (0,),
     "ignore_eos": (False,),
@@ -49,32 +42,49 @@ NOTHING: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
-LONGEST_NAME = 1024
-MOST_TEXTS = 1024
-MOST_IDS = 1 << 17
-MOST_STOPS = 16
-MOST_CANDIDATES = 1024
-MOST_MODELS = 1024
-MOST_LOGPROBS = 20
+# Settings with a name of their own in OpenAI's interface, and those that ``/v1/predict`` alone takes.
+OPENAI_NAMES = {"stop_strings": "stop", "max_new_tokens": "max_tokens"}
+PREDICT_ONLY = {"num_beams", "length_penalty", "do_sample"}
+SETTINGS = tuple(item.name for item in dataclasses.fields(GenerationSettings))
+SAMPLING = set(SETTINGS) - set(OPENAI_NAMES) - PREDICT_ONLY
+# Below this temperature a sample is the likeliest token, as far as 32-bit numbers can tell.
+MIN_TEMPERATURE = 1e-4
+MAX_NAME = 1024
+MAX_TEXTS = 1024
+MAX_IDS = 1 << 17
+MAX_STOPS = 16
+MAX_CANDIDATES = 1024
+MAX_MODELS = 1024
+MAX_LOGPROBS = 20
+MAX_SETTINGS = {"num_beams": 16, "max_new_tokens": 1 << 17}
 
-Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-Text = Annotated[str, AfterValidator(lambda text: _whole(text))]
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MOST_IDS)]
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds a lone surrogate (half a character)") from None
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Text = Annotated[str, AfterValidator(_encodable)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_IDS)]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
-# The value of a record's field as a file may have it; what it may be is the task's business.
-RowLike = dict[str, Any] | str
+RowLike = dict[str, Any] | str  # as a file may have it; what a field may hold is the task's business
+RowLikes = RowLike | Annotated[list[RowLike], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream has besides its pieces."""
+    """Options of a stream."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool = False
 
 
-class Sampling(BaseModel):
-    """What the two routes of OpenAI's interface share."""
+class SamplingRequest(BaseModel):
+    """Fields that completions and chats share."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -84,52 +94,72 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    fields: RowLike | Annotated[list[RowLike], Field(min_length=1, max_length=MOST_TEXTS)] | None = None
+    fields: RowLikes | None = None
 
-    @property
-    def most_tokens(self) -> int | None:
-        """Most tokens of an answer."""
-        return self.max_tokens
-
-    @property
-    def most_name(self) -> str:
-        """What the request calls :attr:`most_tokens`."""
-        return "max_tokens"
-
-    @functools.cached_property
-    def drawn_seed(self) -> int:
-        """The seed of the draws; another one for each request that gives none."""
-        return secrets.randbits(62) if self.seed is None else self.seed % 2**62
+    def token_limit(self) -> tuple[str, int | None]:
+        """Return the name and value of the field that limits the length of an answer."""
+        return "max_tokens", self.max_tokens
 
     def check_extras(self) -> None:
-        """Raise an ApiError that names a field which is not there, or would change the answer."""
+        """Raise an ApiError for an unknown field, or an unsupported one that is not neutral."""
         for name, value in (self.model_extra or {}).items():
-            if name in IGNORED or value is None:
+            if name in IGNORED or name in SAMPLING or value is None:
                 continue
-            if name not in NOTHING:
-                raise refused(_shown(name), f"there is no field '{_shown(name)}'", "unknown_field")
-            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NOTHING[name]):
-                raise refused(name, f"'{name}' is not supported here; leave it out", "unsupported")
+            if name not in NEUTRAL:
+                shown = name if name.isprintable() and len(name) <= 64 else ascii(name[:64])
+                raise invalid(shown, f"there is no field '{shown}'", "unknown_field")
+            if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+                       for neutral in NEUTRAL[name]):  # fmt: skip
+                raise invalid(name, f"'{name}' is not supported here; leave it out", "unsupported")
+
+    def settings(self) -> list[GenerationSettings]:
+        """Return how each of the ``n`` answers is generated. Temperature 0, the default, is greedy decoding, which
+        other sampling fields do not change: clients send them always. An ApiError names a wrong field.
+        """
+        values: dict[str, Any] = {
+            name: value for name, value in (self.model_extra or {}).items() if name in SAMPLING and value is not None
+        }
+        values["stop_strings"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        limit_name, limit = self.token_limit()
+        if limit:
+            values["max_new_tokens"] = limit
+        seed, top_k = (secrets.randbits(62) if self.seed is None else self.seed % 2**62), values.pop("top_k", 0)
+        is_sampled = (self.temperature or 0.0) >= MIN_TEMPERATURE
+        if is_sampled:
+            values |= {"do_sample": True, "temperature": self.temperature, "top_k": 0 if top_k == -1 else top_k}
+            values["top_p"] = 1.0 if self.top_p is None else self.top_p
+        elif top_k not in (0, -1):
+            values["top_k"] = top_k  # refused: it has no effect
+        try:
+            return [
+                GenerationSettings.of({**values, "seed": seed + choice} if is_sampled else values)
+                for choice in range(self.n or 1)
+            ]
+        except PTuningError as error:
+            names = {**dict.fromkeys(SETTINGS), **OPENAI_NAMES, "max_new_tokens": limit_name}
+            message = str(error)
+            wrong = min((name for name in names if name in message), key=message.index, default="temperature")
+            raise invalid(names[wrong] or wrong, message) from error
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingRequest):
     """``POST /v1/completions``."""
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)]
         | None
     ) = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
-class Part(BaseModel):
+class MessagePart(BaseModel):
     """A part of a message; only text can be read."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -139,31 +169,27 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn of a chat."""
+    """A message of a chat."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: Text | Annotated[list[Part], Field(max_length=MOST_TEXTS)] | None = None
+    content: Text | Annotated[list[MessagePart], Field(max_length=MAX_TEXTS)] | None = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(max_length=MOST_TEXTS)]
+    messages: Annotated[list[Message], Field(max_length=MAX_TEXTS)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    @property
-    def most_tokens(self) -> int | None:
-        """Most tokens of an answer."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def most_name(self) -> str:
-        """What the request calls :attr:`most_tokens`."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+    def token_limit(self) -> tuple[str, int | None]:
+        """Return the name and value of the field that limits the length of an answer."""
+        if self.max_completion_tokens is None:
+            return super().token_limit()
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class PredictRequest(BaseModel):
@@ -173,15 +199,29 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    model: Name | Annotated[list[Name], Field(min_length=1, max_length=MOST_MODELS)]
-    records: Annotated[list[RowLike], Field(min_length=1, max_length=MOST_TEXTS)]
-    candidates: Annotated[list[Text], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MOST_CANDIDATES)] = 1
+    model: Name | Annotated[list[Name], Field(min_length=1, max_length=MAX_MODELS)]
+    records: Annotated[list[RowLike], Field(min_length=1, max_length=MAX_TEXTS)]
+    candidates: Annotated[list[Text], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 1
     min_probability: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     normalise: str | None = None
     calibrate: bool | None = None
     count_stop: bool = False
     generation: dict[str, Any] | None = None
+
+    def settings(self) -> GenerationSettings:
+        """Return how answers are generated; an ApiError names a wrong setting."""
+        values = self.generation or {}
+        for name, limit in MAX_SETTINGS.items():
+            if isinstance(values.get(name), int) and values[name] > limit:
+                raise invalid(f"generation.{name}", f"{name} is {values[name]}; it must be {limit} or less")
+        stops = values.get("stop_strings")
+        if isinstance(stops, list) and len(stops) > MAX_STOPS:
+            raise invalid("generation.stop_strings", f"there are more than {MAX_STOPS} stop strings")
+        try:
+            return GenerationSettings.of(values)
+        except PTuningError as error:
+            raise invalid("generation", str(error)) from error
 
 
 class ClassifyRequest(BaseModel):
@@ -190,7 +230,7 @@ class ClassifyRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Name
-    input: RowLike | Annotated[list[RowLike], Field(min_length=1, max_length=MOST_TEXTS)]
+    input: RowLikes
     user: str | None = None
 
 
@@ -211,17 +251,4 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Name | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MOST_IDS)]
-
-
-def _whole(text: str) -> str:
-    """Return a text; a ValueError if it holds half a character, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half a character (a lone surrogate)") from None
-    return text
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 64 else ascii(name[:64])
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_IDS)]

@@ -99,7 +99,7 @@ def test_the_messages_are_the_conversation_of_a_chat_prompt(chatting: Asked) -> 
     ("messages", "param", "says"),
     [
         (TALK[:2], "messages[1]", "the last message must be the user's"),
-        ([{"role": "system", "content": "be kind"}, *ASK], "messages[0]", "brings its own system text"),
+        ([{"role": "system", "content": "be kind"}, *ASK], "messages[0]", "system text of its own"),
         ([*TALK[:2], {"role": "tool", "content": "a"}, *ASK], "messages[2].role", "known roles are"),
         ([*ASK, *ASK], "messages[1].content", "user and assistant take turns"),
         ([{"role": "user", "content": " "}], "messages[0].content", "is empty"),

@@ -19,10 +19,10 @@ from ptuning.errors import FileError
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.engine import EngineStatus
 from ptuning.serve.engine.job import Job, Outcome, QueueFullError, Usage
-from ptuning.serve.http import watch as watching
+from ptuning.serve.http import metrics as metrics_module
 from ptuning.serve.http.app import create_app
+from ptuning.serve.http.metrics import OTHER, UNKNOWN, Metrics, RequestStats, access_log
 from ptuning.serve.http.service import Settings
-from ptuning.serve.http.watch import OTHER, UNKNOWN, Monitor, Seen, access_log
 from ptuning.serve.registry import Registry
 from tests.serve.test_registry import save
 
@@ -48,9 +48,9 @@ def log_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watch(registry: Registry, log_file: Path) -> Iterator[Monitor]:
+def watch(registry: Registry, log_file: Path) -> Iterator[Metrics]:
     log = access_log(log_file)
-    yield Monitor(registry, status=lambda: STATUS, log=log)
+    yield Metrics(registry, status=lambda: STATUS, log=log)
     for handler in log.handlers:
         handler.close()
 
@@ -70,7 +70,7 @@ def breaks(job: Job) -> None:
     raise RuntimeError("secret text")
 
 
-def client_of(watch: Monitor, submit: Callable[[Job], None] = answers) -> TestClient:
+def client_of(watch: Metrics, submit: Callable[[Job], None] = answers) -> TestClient:
     """A client of a service that is watched."""
     backbone = SimpleNamespace(fingerprint="f", kind="causal")
     engine: Any = SimpleNamespace(
@@ -80,8 +80,8 @@ def client_of(watch: Monitor, submit: Callable[[Job], None] = answers) -> TestCl
         check_room=lambda: None,
         model=SimpleNamespace(backbone=backbone),
     )
-    names: Any = watch._in_service
-    return TestClient(create_app(engine, names, Settings(open_metrics=True), watch=watch))
+    names: Any = watch._registry
+    return TestClient(create_app(engine, names, Settings(open_metrics=True), metrics=watch))
 
 
 def ask(client: TestClient, *names: str, rows: int = 1, **headers: str) -> Any:
@@ -91,7 +91,7 @@ def ask(client: TestClient, *names: str, rows: int = 1, **headers: str) -> Any:
     )
 
 
-def numbers(watch: Monitor, accept: str = "") -> dict[str, float]:
+def numbers(watch: Metrics, accept: str = "") -> dict[str, float]:
     """All samples of the exposition: name and labels -> value."""
     text = watch.exposition(accept)[0].decode()
     found = {}
@@ -107,7 +107,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="ascii").split("\n") if line]
 
 
-def test_requests_are_counted_by_what_operators_ask_for(watch: Monitor) -> None:
+def test_requests_are_counted_by_what_operators_ask_for(watch: Metrics) -> None:
     assert ask(client_of(watch), "a", "b", rows=3).status_code == 200
     assert ask(client_of(watch, is_full), "a").status_code == 429
     assert ask(client_of(watch, breaks), "a").status_code == 500
@@ -126,7 +126,7 @@ def test_requests_are_counted_by_what_operators_ask_for(watch: Monitor) -> None:
     assert found["ptuning_e2e_request_latency_seconds_count"] == 1
 
 
-def test_what_is_no_good_request_is_counted_by_its_code(watch: Monitor) -> None:
+def test_what_is_no_good_request_is_counted_by_its_code(watch: Metrics) -> None:
     client = client_of(watch)
     client.post("/v1/predict", content="{", headers={"content-type": "application/json"})
     client.post("/v1/predict", json={"model": "a"})
@@ -138,7 +138,7 @@ def test_what_is_no_good_request_is_counted_by_its_code(watch: Monitor) -> None:
     } == reasons
 
 
-def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Monitor, registry: Registry, tmp_path: Path) -> None:
+def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Metrics, registry: Registry, tmp_path: Path) -> None:
     found = numbers(watch)
     assert {name: found[f"ptuning_{name}"] for name in (
         "num_rows_waiting", "num_rows_running", "kept_bytes", "kept_texts", "rows_total", "passes_total",
@@ -158,11 +158,11 @@ def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Monitor, regis
     assert (found["ptuning_prompts_loaded"], found["ptuning_prompts_failed"]) == (2, 1)
 
 
-def test_requests_that_wait_and_run_are_told_apart(watch: Monitor) -> None:
+def test_requests_that_wait_and_run_are_told_apart(watch: Metrics) -> None:
     first, second, third = (watch.begin("", "POST") for _ in range(3))
     jobs = [Job([SimpleNamespace()], SimpleNamespace()) for _ in range(2)]  # type: ignore[list-item]
-    first.submitted(jobs[0])
-    second.submitted(jobs[1])
+    first.add_job(jobs[0])
+    second.add_job(jobs[1])
     jobs[0].is_begun = True
     found = numbers(watch)
     assert (found["ptuning_num_requests_running"], found["ptuning_num_requests_waiting"]) == (1, 1)
@@ -173,7 +173,7 @@ def test_requests_that_wait_and_run_are_told_apart(watch: Monitor) -> None:
     assert found["ptuning_requests_total{route=/v1/predict,status=499}"] == 3
 
 
-def test_names_that_nobody_serves_are_one_name(watch: Monitor, log_file: Path) -> None:
+def test_names_that_nobody_serves_are_one_name(watch: Metrics, log_file: Path) -> None:
     """Abuse case 19: what a client makes up becomes neither a label nor a line."""
     client = client_of(watch)
     for number in range(20):
@@ -191,21 +191,21 @@ def test_names_that_nobody_serves_are_one_name(watch: Monitor, log_file: Path) -
 
 
 def test_many_names_in_turn_do_not_grow_the_metrics(
-    watch: Monitor, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    watch: Metrics, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A service whose prompts come and go for a year stays as it is."""
-    monkeypatch.setattr(watching, "MOST_NAMES", 2)
+    monkeypatch.setattr(metrics_module, "MAX_NAMES", 2)
     for name in ("x", "y", "z", "u"):
         registry.load(name, "a")
         seen = watch.begin("", "POST")
-        seen.asked(name)
+        seen.add_model(name)
         seen.status = 400
         watch.end(seen, route="/v1/predict")
     found = [name for name in numbers(watch) if name.startswith("ptuning_model_requests_total")]
     assert found == [f"ptuning_model_requests_total{{model={name}}}" for name in ("x", "y", OTHER)]
 
 
-def test_a_request_is_a_line(watch: Monitor, log_file: Path) -> None:
+def test_a_request_is_a_line(watch: Metrics, log_file: Path) -> None:
     answer = ask(client_of(watch), "a", rows=2, x_request_id="mine-1")
     assert answer.headers["x-request-id"] == "mine-1"
     (line,) = lines(log_file)
@@ -217,7 +217,7 @@ def test_a_request_is_a_line(watch: Monitor, log_file: Path) -> None:
     assert line["time"].endswith("+00:00")
 
 
-def test_a_line_holds_neither_keys_nor_texts(watch: Monitor, log_file: Path) -> None:
+def test_a_line_holds_neither_keys_nor_texts(watch: Metrics, log_file: Path) -> None:
     """Abuse case 16: of the address only the route is logged, of a request only numbers; a failure is no exception."""
     secret = {"authorization": "Bearer s3cret", "x-request-id": "s3cret\n{}", "user-agent": "s3cret"}
     for submit in (answers, breaks, is_full):
@@ -232,7 +232,7 @@ def test_a_line_holds_neither_keys_nor_texts(watch: Monitor, log_file: Path) -> 
 
 
 @pytest.mark.parametrize("given", ["", "a b", 'x"y', "x" * 65, "{}", "\x7f", "é", "a\\nb"])
-def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Monitor, log_file: Path) -> None:
+def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Metrics, log_file: Path) -> None:
     """Abuse case 18: log injection by a header."""
     client = client_of(watch)
     answer = client.get("/metrics", headers=[(b"x-request-id", given.encode())])
@@ -241,17 +241,17 @@ def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Monitor, lo
     assert lines(log_file)[0]["request_id"] == found
 
 
-def test_whatever_is_logged_is_escaped(watch: Monitor, log_file: Path) -> None:
+def test_whatever_is_logged_is_escaped(watch: Metrics, log_file: Path) -> None:
     """Whatever reaches a line: it stays one line, of ASCII."""
     seen = watch.begin("", "POST")
-    seen.refused("x\n\r\u2028\x1b[31m\udcff\u202e")
+    seen.error = "x\n\r\u2028\x1b[31m\udcff\u202e"
     watch.end(seen, route="/v1/predict\n{}")
     assert len(lines(log_file)) == 1
     assert lines(log_file)[0]["error"] == "x\n\r\u2028\x1b[31m\udcff\u202e"
 
 
 def test_a_log_that_cannot_be_written_hurts_no_request(
-    watch: Monitor, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    watch: Metrics, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Abuse case 23: a full disk, or a folder that goes, loses lines; one that is not there at first is an error."""
     client = client_of(watch)
@@ -267,7 +267,7 @@ def test_a_log_that_cannot_be_written_hurts_no_request(
     folder = log_file.parent / "logs"
     folder.mkdir()
     log = access_log(folder / "log")
-    other = client_of(Monitor(watch._in_service, status=lambda: STATUS, log=log))
+    other = client_of(Metrics(watch._registry, status=lambda: STATUS, log=log))
     shutil.rmtree(folder)
     assert other.get("/metrics").status_code == 200
     folder.mkdir()
@@ -279,7 +279,7 @@ def test_a_log_that_cannot_be_written_hurts_no_request(
         access_log(folder / "none" / "log")
 
 
-def test_a_log_may_be_rotated(watch: Monitor, log_file: Path) -> None:
+def test_a_log_may_be_rotated(watch: Metrics, log_file: Path) -> None:
     client = client_of(watch)
     client.get("/metrics")
     log_file.rename(log_file.with_name("old.log"))
@@ -288,18 +288,18 @@ def test_a_log_may_be_rotated(watch: Monitor, log_file: Path) -> None:
 
 
 def test_without_a_file_lines_go_to_the_error_stream(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
-    client = client_of(Monitor(registry, status=lambda: STATUS, log=access_log(None)))
+    client = client_of(Metrics(registry, status=lambda: STATUS, log=access_log(None)))
     client.get("/metrics")
     said = capsys.readouterr()
     assert json.loads(said.err)["route"] == "/metrics"
     assert said.out == ""
 
 
-def test_a_client_that_goes_is_seen(watch: Monitor, log_file: Path) -> None:
+def test_a_client_that_goes_is_seen(watch: Metrics, log_file: Path) -> None:
     """The request ends without an answer, and is no longer counted as waiting."""
     seen = watch.begin("", "POST")
-    seen.submitted(Job([SimpleNamespace()], SimpleNamespace()))  # type: ignore[list-item]
+    seen.add_job(Job([SimpleNamespace()], SimpleNamespace()))  # type: ignore[list-item]
     watch.end(seen, route="/v1/predict")
     assert lines(log_file)[0]["status"] == 499
     assert numbers(watch)["ptuning_num_requests_waiting"] == 0
-    assert isinstance(seen, Seen)
+    assert isinstance(seen, RequestStats)

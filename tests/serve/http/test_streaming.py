@@ -6,15 +6,16 @@ import asyncio
 import threading
 
 from ptuning.serve.engine.job import CallRow, Outcome, StoppedError
-from ptuning.serve.http.replies import End, Event, Piece, Replies
-from ptuning.serve.http.watch import Seen
+from ptuning.serve.http.metrics import RequestStats
+from ptuning.serve.http.openai_format import Event, Piece, RowEnd
+from ptuning.serve.http.streaming import ReplyQueue
 
 ROW = CallRow(lambda: None)
 
 
 def test_pieces_that_nobody_takes_are_bounded_and_end_the_job() -> None:
-    async def work() -> tuple[Replies, list[Event]]:
-        replies = Replies([ROW], Seen("id", "POST"), most_pending=3)
+    async def work() -> tuple[ReplyQueue, list[Event]]:
+        replies = ReplyQueue([ROW], RequestStats("id", "POST"), max_pending=3)
         for at in range(10):
             replies.piece(0, str(at), [])
         replies.failed(0, StoppedError("cancelled"))
@@ -23,12 +24,12 @@ def test_pieces_that_nobody_takes_are_bounded_and_end_the_job() -> None:
     replies, events = asyncio.run(work())
     assert replies.job.cancelled
     assert [event.text for event in events if isinstance(event, Piece)] == ["0", "1", "2", "3"]
-    assert isinstance(events[-1], End)
+    assert isinstance(events[-1], RowEnd)
 
 
 def test_events_of_another_thread_arrive_in_order_and_none_is_lost() -> None:
     async def work() -> list[Event]:
-        replies = Replies([ROW] * 50, Seen("id", "POST"), most_pending=10_000)
+        replies = ReplyQueue([ROW] * 50, RequestStats("id", "POST"), max_pending=10_000)
 
         def answer() -> None:
             for row in range(50):
@@ -43,13 +44,13 @@ def test_events_of_another_thread_arrive_in_order_and_none_is_lost() -> None:
         return events
 
     events = asyncio.run(work())
-    assert [event.row for event in events if isinstance(event, End)] == list(range(50))
+    assert [event.row for event in events if isinstance(event, RowEnd)] == list(range(50))
     assert [event.text for event in events if isinstance(event, Piece)] == [str(at) for at in range(20)] * 50
 
 
 def test_a_loop_that_has_ended_hurts_no_engine() -> None:
-    async def work() -> Replies:
-        return Replies([ROW], Seen("id", "POST"), most_pending=3)
+    async def work() -> ReplyQueue:
+        return ReplyQueue([ROW], RequestStats("id", "POST"), max_pending=3)
 
     replies = asyncio.run(work())
     replies.piece(0, "a", [])
