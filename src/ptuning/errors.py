@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# A template's error shows so many characters on either side of the fault.
+# Number of characters that a template's error shows on either side of the fault.
 SHOWN_AROUND = 200
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
 SHOWN_LINE = 200  # of a template, which may hold many examples
@@ -82,12 +82,12 @@ def shown(value: object) -> str:
 
 
 def cut(text: str, most: int = SHOWN_CHARACTERS) -> str:
-    """Return a text of at most so many characters; one that goes on ends with three dots."""
+    """Return a text of at most ``most`` characters; one that goes on ends with three dots."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def in_a_line(text: str, most: int = SHOWN_LINE) -> str:
-    """Return a text as one line of at most so many characters; of a longer one the beginning and the end."""
+    """Return a text as one line of at most ``most`` characters; of a longer one the beginning and the end."""
     line = " ".join(text.split())
     half = (most - 3) // 2
     return line if len(line) <= most else f"{line[:half]} … {line[-half:]}"

@@ -31,7 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# A half-made file or folder of another machine that is older than this was left behind by a killed process.
+# A half-made file or folder of another machine that is older than this is of a killed process.
 STALE_SECONDS = 3600.0
 HASHED_BYTES = 2**22  # how much of a large file is read at a time
 
@@ -250,12 +250,12 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
 
 @functools.cache
 def _host() -> str:
-    """Return eight digits that stand for this machine: several may write into one folder that they share."""
+    """Return eight digits that identify this machine: several may write into one folder that they share."""
     return sha256(socket.gethostname().encode())[:8]
 
 
 def new_path(path: Path) -> Path:
-    """Return a temporary path beside a path, with this machine and what nobody can guess in its name, which
+    """Return a temporary path next to a path, with this machine and what nobody can guess in its name, which
     :func:`is_temporary` knows.
     """
     return path.with_name(f".{path.name}.{_host()}-{secrets.token_hex(8)}.tmp")
@@ -283,7 +283,7 @@ def is_abandoned(path: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new, empty temporary file beside ``path``, which replaces ``path`` if the block succeeds.
+    """Yield a new, empty temporary file next to ``path``, which replaces ``path`` if the block succeeds.
     A link in the place of either is not followed: ``path`` becomes a file.
     """
     temporary = new_path(path)

@@ -66,11 +66,11 @@ def is_folder_name(name: str, *, spaces: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """What we write into a kind of folder. In names, ``#`` stands for a number and ``*`` for any name.
+    """The files of a kind of folder that we write. In names, ``#`` matches a number and ``*`` any name.
 
     Args:
         files: Name -> regular expression at the beginning of what we write there. A file is ours if its content begins
-            so, or if that of another file beside it does: a damaged one is still ours.
+            so, or if that of another file in the folder does: a damaged one is still ours.
         pages: The same for pages that people read and may have written themselves. Each must show that it is ours.
         folders: Name -> layout.
         listed: The place of a JSON file and the keys in it that lead to a mapping. The names in this mapping are our
@@ -291,7 +291,7 @@ def _remedies(scan: FolderScan, layout: OutputLayout, *, resume: bool) -> str:
     if resume:
         return "; nothing in it is a run's, so there is nothing to go on with"
     if not scan.ours:
-        return ", or write beside what is in it, of which nothing is ours (--overwrite)"
+        return ", or write next to what is in it, of which nothing is ours (--overwrite)"
     go_on = "go on with a stopped run in it (--resume), or " if CHECKPOINT_FOLDER in layout.folders else "or "
     return f", {go_on}replace what we left in it (--overwrite)"
 
@@ -397,7 +397,7 @@ def _lock(handle: int, waiting: Callable[[], None] | None) -> None:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder``, which must be missing or empty. If the block succeeds, the new one
+    """Yield a temporary folder next to ``folder``, which must be missing or empty. If the block succeeds, the new one
     takes its place. With ``last``, the new files go into a folder that is not empty one by one, this one at the end.
     """
     if folder.is_symlink():

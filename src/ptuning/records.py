@@ -62,7 +62,7 @@ class Records(list[Record]):
     """A list of records and where it came from: ``name`` is the path as given, ``NAME:split`` or ``in memory``,
     ``sha256`` the hash of the file's bytes, or of the records' canonical JSON where there is no file.
 
-    ``places`` says of each record where it stands, as ``mail.csv, line 41``; ``fields`` which fields had another name
+    ``places``: where each record comes from, such as ``mail.csv, line 41``; ``fields`` which fields had another name
     there (new name -> name in the file).
     """
 
@@ -82,7 +82,7 @@ class Records(list[Record]):
         self.fields = dict(fields or {})
 
     def place(self, number: int) -> str:
-        """Return where a record stands, by its number from 1: the file with its line if they are known."""
+        """Return where a record comes from, by its number from 1: the file with its line if they are known."""
         is_known = len(self.places) == len(self)  # somebody may have added records to the list
         return self.places[number - 1] if is_known else f"{self.name}, record {number}"
 
@@ -284,7 +284,7 @@ def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
 
 
 def require_fields(records: Records, fields: Sequence[str]) -> None:
-    """Raise a RecordError at the first record that lacks one of the fields; it says where the record stands, what it
+    """Raise a RecordError at the first record that lacks one of the fields; it names the record's place, what it
     has, and what to type if another of its fields is meant.
     """
     for number, record in enumerate(records, start=1):

@@ -73,7 +73,7 @@ Values = Sequence[float] | Ratios | Sums | Blend
 
 
 def rows_of(values: Values) -> int:
-    """Return the number of rows behind a score."""
+    """Return the number of rows of a score."""
     if isinstance(values, Blend):
         return rows_of(values.parts[0])
     if isinstance(values, Sums):

@@ -107,7 +107,7 @@ BROKEN: dict[str, tuple[Mapping[str, object], str]] = {
     ),
     "a late system": (
         {"messages": [*MESSAGES, {"role": "system", "content": BRIEF}]},
-        "messages[4].content is a system text behind other turns",
+        "messages[4].content is a system text",
     ),
     "an unknown role": (
         {"messages": [*MESSAGES[:3], {"role": "tool", "content": "1"}]},

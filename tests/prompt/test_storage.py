@@ -136,7 +136,7 @@ def test_a_prompt_that_says_nothing_of_stopping_has_not_learned_it(tmp_path: Pat
         ({"task": "COPA"}, "is damaged: 'task' must be a table of names and values"),
         ({"normalise": "max"}, "'normalise' must be one of sum, mean, and is .max"),
         ({"task": {"name": "COPA"}}, "is damaged: 'task.file' must be text"),
-        ({"task": {"file": "name = 3"}}, "is damaged: its task: the key 'version' is missing"),
+        ({"task": {"file": "name = 3"}}, "is damaged: its task: 'name' must be"),
     ],
 )
 def test_a_damaged_task_is_an_error_of_the_prompt(tmp_path: Path, changes: dict[str, object], message: str) -> None:

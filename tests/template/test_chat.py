@@ -86,7 +86,7 @@ def test_a_template_is_made_of_the_models_own(name: str) -> None:
     assert Template.parse(str(made)) == made
     parts = chat_parts(tokenizer)
     assert (parts.header, parts.end) == (shape.header, shape.end)
-    assert (parts.behind_system is None) == (shape.system == "none")
+    assert (parts.after_system is None) == (shape.system == "none")
     own = "You are Tiny, made for tests." if shape.system == "own" else ""
     assert parts.system == own
     assert f"[P:{own or DEFAULT_SYSTEM}]" in str(made)
@@ -219,7 +219,7 @@ def test_the_chat_template_alone_says_what_a_row_begins_with() -> None:
 def test_an_answer_that_is_asked_for_in_another_way_is_said(caplog: pytest.LogCaptureFixture) -> None:
     made = chat_template(with_template(PLAINLY + "{% if add_generation_prompt %}<think>{% endif %}"))
     assert str(made) == "<t>[P:You are a helpful assistant.]\n\n[C]<t>[Y]</s>" or "<think>" not in str(made)
-    assert "asks for an answer behind '<think>', and writes answers behind '<t>'" in caplog.text
+    assert "answer after '<think>', and writes answers after '<t>'" in caplog.text
 
 
 def test_a_conversation_loses_its_oldest_turns_where_it_is_too_long() -> None:

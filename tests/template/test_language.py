@@ -219,7 +219,7 @@ def test_a_manual_template_becomes_a_learned_one(manual: str, about: str | None,
     ],
 )
 def test_slots_behind_the_text(manual: str, about: str | None, learned: str) -> None:
-    template = Template.from_manual(manual, about=about, behind=True)
+    template = Template.from_manual(manual, about=about, after=True)
     assert str(template) == learned
     assert Template.parse(learned) == template
 
@@ -227,7 +227,7 @@ def test_slots_behind_the_text(manual: str, about: str | None, learned: str) -> 
 @pytest.mark.parametrize("manual", ["Text: {text} [Y]", "{text}: [Y] it is", "It was [Y]: {text}", "It was [Y]"])
 def test_slots_behind_the_text_need_words_there(manual: str) -> None:
     with pytest.raises(TemplateError, match=r"no words between the last field and \[Y\]"):
-        Template.from_manual(manual, behind=True)
+        Template.from_manual(manual, after=True)
 
 
 @pytest.mark.parametrize("manual", ["a [P*2] [X] [Y]", "a [P:b] [X] [Y]"])

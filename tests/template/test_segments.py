@@ -101,16 +101,16 @@ def test_a_target_that_grows_together_with_the_text_behind_it_leaves_none_of_its
         assert cut(run)[0] == [(LITERAL, ["it", " is"]), (TARGET, tokens), (LITERAL, [" Yes", "!"])]
 
 
-def test_text_behind_slots_is_tokenised_as_it_goes_on() -> None:
+def test_text_after_slots_is_tokenised_as_it_goes_on() -> None:
     """A word in front is cut off again, or left out where it has grown together with the text."""
-    run = run_of((LITERAL, " is "), (TARGET, "so")).behind_slots()
+    run = run_of((LITERAL, " is "), (TARGET, "so")).after_slots()
     assert run.prefixes == [MarkedText("a is "), MarkedText("a is so")]
     assert cut(run)[0] == [(LITERAL, [" is"]), (TARGET, [" so"])]
-    assert run_of((LITERAL, "s it")).behind_slots().lead == MarkedText("")
-    merged = run_of((LITERAL, ". It "), (TARGET, "so")).behind_slots()
+    assert run_of((LITERAL, "s it")).after_slots().lead == MarkedText("")
+    merged = run_of((LITERAL, ". It "), (TARGET, "so")).after_slots()
     assert merged.lead == MarkedText("a")
     assert cut(merged)[0] == [(LITERAL, [".", " It"]), (TARGET, [" so"])]
-    spaces = run_of((LITERAL, " "), (TARGET, "so")).behind_slots()
+    spaces = run_of((LITERAL, " "), (TARGET, "so")).after_slots()
     assert cut(spaces)[0] == [(LITERAL, []), (TARGET, [" so"])]
 
 

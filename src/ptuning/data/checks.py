@@ -28,13 +28,13 @@ CASE = "case"
 Labels: TypeAlias = LabelWords | Mapping[str, Sequence[str]] | Sequence[str] | str
 Merge: TypeAlias = Mapping[str, str] | Sequence[str] | str
 
-# A target with so many different texts is no label: each would be scored in every step.
+# More different targets than this are no labels: each would be scored in every step.
 MAX_LABELS = 200
 # Numbers with more different values than this are taken for amounts.
 MAX_NUMBERS = 10
 # Targets are named as possible labels if there are not more different ones, and each is there so often on average.
 SEEN_LABELS, SEEN_ROWS = 50, 3
-# A label with this many rows or fewer may be a mistyped one, if a similar one is there so many times more often.
+# A label with this many rows or fewer may be a mistyped one, if a similar one is at least TIMES as frequent.
 RARE, TIMES = 2, 4
 LONGEST = 64  # characters of what may be mistyped, or a number
 # Rows of each part that `task check` tokenizes to see whether they fit.
@@ -270,7 +270,7 @@ def check_words(
 
 def check_known(bound: TokenizedTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
     """Return warnings about text in the parts of a task that the tokenizer does not know. Each different target is
-    tokenised once, beside fields that hold their own names.
+    tokenised once, with the fields' own names as their texts.
 
     Raises LabelWordError if it does not know a label's word, or not from that of another; RecordError if it knows
     hardly any target of a part.
@@ -342,7 +342,7 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
 
 
 def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions], Report]:
-    """Leave out rows that nobody has given a target yet. If most rows have none, another field holds it."""
+    """Drop unlabelled rows, unless most rows are: then another field holds the target."""
     kept, report = {}, Report()
     for name, questions in parts.items():
         left = [row for row in questions if not row.record.get(TARGET_FIELD, "").strip()]
@@ -359,7 +359,7 @@ def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions
 
 
 def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[dict[str, Questions], Report]:
-    """Leave rows without any text out of what is learned from and chosen by; other rows are told."""
+    """Drop rows without any text from the training and development parts; warn about other empty fields."""
     kept, found = {}, Report()
     for name, questions in parts.items():
         lines = empty_fields(name, questions, fields)
@@ -380,7 +380,7 @@ def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[
 def _without_mistyped(
     parts: dict[str, Questions], labels: Sequence[str], counts: Mapping[str, int]
 ) -> tuple[dict[str, Questions], Report]:
-    """Leave out rows whose label is none, but looks like a mistyped one. They are never counted as that label."""
+    """Drop rows whose label looks like a mistyped one."""
     kept, report = {}, Report()
     known = {label: max(counts.get(label, 0), TIMES) for label in labels}
     for name, questions in parts.items():

@@ -1,5 +1,5 @@
-"""Conversations in data files: the known forms, told by their keys, and the records that are made of them (one for each
-answer). Chat templates are applied later.
+"""Conversations in data files: the known forms, recognised by their keys, and the records made of them, one for each
+answer. Chat templates are applied later.
 
 Source: the documentation of ChatGLM-6B (``ptuning/``), Alpaca, ShareGPT as LLaMA-Factory and torchtune read it, and
 OpenAI's interface.
@@ -30,7 +30,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class ChatPart:
-    """One text of a conversation: who said it, the key that it stands under, and whether it is to be learned."""
+    """One text of a conversation: its role, its key in the row, and whether it is learned."""
 
     role: str
     content: str
@@ -91,7 +91,7 @@ def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Ite
     def read(row: RawRow) -> Iterator[ChatPart]:
         value = row.get(key)
         if isinstance(value, str) and (TARGET_FIELD in row or _list_of(value) is None):
-            # A text alone, or a record as this package has it: turns in front of one answer.
+            # A text alone, or a record as this package has it: the turns before one answer.
             yield from (
                 ChatPart(turn.role, turn.content, key, learned=False) for turn in read_messages(value, where=key)
             )
@@ -235,7 +235,7 @@ def load_conversations(source: str | Path, *, fields: Mapping[str, str] | None =
     """Read conversations from a data file in one of the known forms: OpenAI's ``messages``, sharegpt's
     ``conversations``, alpaca, or ChatGLM's ``prompt`` and ``response``, ``content`` and ``summary``.
 
-    There is a record for each answer: the field ``messages`` holds the turns in front of it, as one text, and ``y`` the
+    There is a record for each answer: the field ``messages`` holds the turns before it, as one text, and ``y`` the
     answer. Those of a conversation are a group. ``fields`` maps new names of keys to those in the file.
 
     Raises:
@@ -324,9 +324,11 @@ def _checked(parts: Sequence[ChatPart], *, ask: bool) -> tuple[str | None, list[
     systems = [part for part in parts if part.role == SYSTEM]
     said = [part for part in parts if part.role != SYSTEM]
     if len(systems) > 1:
-        raise RecordError(f"two system texts, {systems[0].key} and {systems[1].key}; a conversation has one, in front")
+        raise RecordError(
+            f"two system texts, {systems[0].key} and {systems[1].key}; a conversation has one, at its beginning"
+        )
     if systems and systems[0].key != SYSTEM and parts[0] is not systems[0]:
-        raise RecordError(f"{systems[0].key} is a system text behind other turns; it stands in front of them")
+        raise RecordError(f"{systems[0].key} is a system text after other turns; it must come first")
     if not said:
         raise RecordError("a conversation without turns")
     for at, part in enumerate(said):

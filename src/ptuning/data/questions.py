@@ -1,7 +1,7 @@
 """Questions: the rows of a task, ready for templates, with their fields, choices, right answers and groups; and paths
 to texts in a row, with small repairs: ``passage.questions[].question|no_full_stop``.
 
-A path is names with dots between them; ``[]`` behind a name goes through a list. Repairs follow, each behind a ``|``:
+A path is names with dots between them; ``[]`` after a name goes through a list. Repairs follow, each after a ``|``:
     ``no_full_stop``    without a full stop, question or exclamation mark at the end
     ``lower_first``     with a small first letter, unless the first word is all in capitals, as "I" is
     ``before TEXT``     the part before TEXT
@@ -47,7 +47,7 @@ MOST_DIGITS = 18  # of a place in a list
 
 @dataclass(frozen=True)
 class RowPath:
-    """The path to a text in a row: names (a list has ``[]`` behind it), (name, argument) of repairs, and as written."""
+    """The path to a text in a row: names (a list has ``[]`` after it), (name, argument) of repairs, and as written."""
 
     names: tuple[str, ...]
     repairs: tuple[tuple[str, str], ...] = ()
@@ -64,7 +64,7 @@ class RowPath:
         names = tuple(name.strip() for name in path.split("."))
         if not all(re.fullmatch(r"[^\[\]]+(\[\])?", name) for name in names):
             raise TaskError(
-                f"'{text}' is not a path into a row; write names with dots between them, and [] behind a list"
+                f"'{text}' is not a path into a row; write names with dots between them, and [] after a list"
             )
         parsed = []
         for repair in repairs:
@@ -75,7 +75,7 @@ class RowPath:
                 )
             if (name in PLAIN_REPAIRS) != (argument == ""):
                 what = "takes nothing" if argument else "needs something"
-                raise TaskError(f"'{text}': the repair '{name}' {what} behind its name")
+                raise TaskError(f"'{text}': the repair '{name}' {what} after its name")
             if name == "mark":
                 cls.parse(argument)
             parsed.append((name, argument))

@@ -33,7 +33,7 @@ MAX_CELL_CHARACTERS = 2**31 - 1
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 SUFFIXES = tuple(FORMATS)
 TEXT_SUFFIX = ".txt"
-# What separates the cells of a CSV, and so many rows tell which one it is.
+# Separators of CSV cells, and the number of rows by which they are detected.
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SNIFFED_ROWS = 20
 PARQUET_MARK = b"PAR1"
@@ -274,7 +274,7 @@ def _sample(text: str, delimiter: str, *, quoted: bool = True) -> tuple[list[lis
     rows: list[list[str]] = []
     try:
         for cells in itertools.islice(filter(None, _cells(text, delimiter, quoted=quoted)), SNIFFED_ROWS + 1):
-            rows.append(cells)  # what stands before an error counts
+            rows.append(cells)  # rows before an error count
     except csv.Error:
         return rows or [[]], False
     return rows or [[]], True
@@ -305,7 +305,7 @@ def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tu
             if not cells:
                 continue
             if len(cells) != len(header):
-                remedy = "; a text that has one in it stands in quotation marks" if quoted else ""
+                remedy = "; put a text that has one in it in quotation marks" if quoted else ""
                 raise RecordError(
                     f"{name}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)} columns, "
                     f"separated by {DELIMITERS[delimiter]}{remedy}"

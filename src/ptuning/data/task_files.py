@@ -108,7 +108,7 @@ class TaskFile:
     """A task.
 
     Args:
-        name: Its name, which is also the name of its folder beside other tasks.
+        name: Its name, which is also the name of its folder next to other tasks.
         version: Version of the task file; raised whenever the same rows get another meaning.
         source: Where the task comes from.
         about: What is asked, in a sentence.
@@ -329,7 +329,7 @@ def _patterns(keys: TaskKeys) -> tuple[tuple[Template, ...], tuple[Template, ...
         if pattern.manual.has_slots:
             raise TaskError(f"pattern {number}: the manual template has slots; write them as learned = '...'")
         is_closed = keys.labels is not None or keys.choices is not None
-        template = pattern.learned or _made_of(pattern.manual, behind=is_closed)
+        template = pattern.learned or _made_of(pattern.manual, after=is_closed)
         if not template.has_slots:
             raise TaskError(f"pattern {number}: the learned template has no slots; write words as [P:words]")
         manual.append(pattern.manual)
@@ -337,10 +337,10 @@ def _patterns(keys: TaskKeys) -> tuple[tuple[Template, ...], tuple[Template, ...
     return tuple(manual), tuple(learned)
 
 
-def _made_of(manual: Template, *, behind: bool) -> Template:
-    """Return the template to learn; ``behind`` the text, where there are words for that: it is then read only once."""
+def _made_of(manual: Template, *, after: bool) -> Template:
+    """Return the template to learn; ``after`` the text, where there are words for that: it is then read only once."""
     try:
-        return Template.from_manual(str(manual), behind=behind)
+        return Template.from_manual(str(manual), after=after)
     except TemplateError:
         return Template.from_manual(str(manual))
 

@@ -36,13 +36,13 @@ class Answer:
         return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
-# More labels make a table or a picture that nobody reads. The others stand together.
+# More labels make a table or a picture that nobody reads. The others are counted together.
 MOST_LABELS, OTHERS = 12, "(others)"
 
 
 @dataclass(frozen=True)
 class LabelScore:
-    """How well a label is told from the others: precision, recall and F1, each 0 where there is nothing to count, and
+    """Scores of a label: precision, recall and F1, each 0 where there is nothing to count, and
     ``n``, the number of rows whose target it is. Source: scikit-learn, ``precision_recall_fscore_support``.
     """
 

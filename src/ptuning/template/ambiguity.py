@@ -1,4 +1,4 @@
-"""Which answers a tokenizer tells apart: the one rule for what can be a hit, and what is said where some cannot."""
+"""Which answers a tokenizer tells apart (only these can be hits), and warnings about the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 # Other answers that are written with the same tokens; None for an answer that the tokenizer does not know.
 Collisions = Collection[Hashable] | None
 
-# With so many unknown targets it is not a few rare words: the vocabulary does not fit the data.
+# From this share of unknown targets on, the vocabulary does not fit the data.
 MISFIT_SHARE = 0.8
 # Records whose fields are looked at, and the share of unknown tokens from which nothing is left of a text to read.
 # A unigram vocabulary writes one unknown word as a space's mark and the unknown token.
@@ -28,7 +28,7 @@ REMEDY = "Use words that it knows, leave these records out, or take another back
 
 
 def is_known(ids: Ids, unknown_id: int | None) -> bool:
-    """Whether the tokenizer knows a text by its ids: it has some, and none of them stands for text that has no other.
+    """Whether the tokenizer knows a text by its ids: there are some, and none is the unknown token.
 
     >>> is_known((7, 8), 1), is_known((7, 1), 1), is_known((), 1)
     (True, False, False)

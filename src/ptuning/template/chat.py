@@ -1,6 +1,6 @@
 """The chat template of a model: what it writes around the turns of a conversation, and a template made of that.
 
-A chat template is a program that writes text. It is run on words that stand in no text (placeholders), and the result
+A chat template is a program that writes text. It is run on placeholder words, and the result
 is cut at them: what is between is the model's markup, in which special tokens are such; the contents of a record go
 into the gaps, where they are text.
 """
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SYSTEM = "You are a helpful assistant."
 # Between a system text and the user's, where a chat template has no place for the first.
 APART = "\n\n"
-# The words that stand for contents while a chat template is taken apart.
+# Placeholders of contents while a chat template is taken apart.
 PLACEHOLDER = re.compile(r"qx\d{4,}xq")
 # Letters that templates like to escape, to strip or to read as their own.
 AWKWARD = 'Tom & "Ann" said: 5 > 3 <b>\n\n it\'s {{ not }} 100 %'
@@ -48,7 +48,7 @@ class ChatMarkup:
         self._around: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
 
     def around(self, roles: Sequence[str], *, answer_next: bool = True) -> tuple[str, ...]:
-        """Return the text in front of the content of each turn, and that behind the last one. A BackboneError without a
+        """Return the text before the content of each turn, and that after the last one. A BackboneError without a
         chat template, or if that does not write every content once and in order.
         """
         key = (tuple(roles), answer_next)
@@ -131,14 +131,14 @@ class ChatParts:
     Args:
         opening: In front of the system text, or of the user's where there is no place for one.
         system: The template's own system text, empty without one.
-        behind_system: Between the system text and the user's; None if there is no place for a system text.
+        after_system: Between the system text and the user's; None if there is no place for a system text.
         header: Between the user's text and the answer: the beginning of the assistant's turn, empty thoughts included.
         end: Behind an answer, up to the special token that ends the turn.
     """
 
     opening: str
     system: str
-    behind_system: str | None
+    after_system: str | None
     header: str
     end: str
 
@@ -147,15 +147,15 @@ def chat_template(tokenizer: Tokenizer, system: str | None = None) -> Template:
     """Return the template of a model's conversations: its chat template around ``[C]``, the turns, and ``[Y]``, the
     answer, with slots that start at the ``system`` text; by default at the chat template's own.
 
-    They stand where a system text does, or in front of the user's text if the chat template has no place for one.
+    They are placed where a system text is, or before the user's text if the chat template has no place for one.
 
     Raises:
         BackboneError: If the model has no chat template, or it changes the contents of turns.
     """
     parts = chat_parts(tokenizer)
     slots = TextSlots(system or parts.system or DEFAULT_SYSTEM)
-    behind = APART if parts.behind_system is None else parts.behind_system
-    pieces: list[Piece] = [Literal(parts.opening), slots, Literal(behind), Conversation(), Literal(parts.header)]
+    after = APART if parts.after_system is None else parts.after_system
+    pieces: list[Piece] = [Literal(parts.opening), slots, Literal(after), Conversation(), Literal(parts.header)]
     pieces += [Target(), Literal(parts.end)]
     return Template(tuple(piece for piece in pieces if piece != Literal("")))
 
@@ -174,20 +174,20 @@ def chat_parts(tokenizer: Tokenizer) -> ChatParts:
         )
     ending = markup.around([USER])[-1]
     if not header.startswith(ending):
-        text = "the chat template asks for an answer behind %r, and writes answers behind %r, where they are learned"
+        text = "the chat template asks for an answer after %r, and writes answers after %r, where they are learned"
         logger.warning(text, ending, header)
     end = _end(markup, tokenizer)
     placed = _system_place(markup)
     if placed is None:
         return ChatParts(first, "", None, header, end)
-    opening, behind = placed
-    own = first[len(opening) : len(first) - len(behind)]
-    is_own = first.startswith(opening) and first.endswith(behind) and len(first) >= len(opening) + len(behind)
-    return ChatParts(opening, own.strip() if is_own else "", behind, header, end)
+    opening, after = placed
+    own = first[len(opening) : len(first) - len(after)]
+    is_own = first.startswith(opening) and first.endswith(after) and len(first) >= len(opening) + len(after)
+    return ChatParts(opening, own.strip() if is_own else "", after, header, end)
 
 
 def _system_place(markup: ChatMarkup) -> tuple[str, str] | None:
-    """Return what stands in front of and behind a system text; None if there is no place for one before all turns."""
+    """Return the text before and after a system text; None if there is no place for one before all turns."""
     try:
         alone = markup.around([SYSTEM, USER])
         longer = markup.around([SYSTEM, USER, ASSISTANT, USER])
@@ -197,31 +197,31 @@ def _system_place(markup: ChatMarkup) -> tuple[str, str] | None:
 
 
 def _end(markup: ChatMarkup, tokenizer: Tokenizer) -> str:
-    """Return what stands behind an answer up to the special token that ends the turn, as the conversation goes on; the
+    """Return the text after an answer up to the special token that ends the turn, as the conversation goes on; the
     end of a text if there is none.
     """
-    behind = markup.around([USER, ASSISTANT, USER])[2]
-    end = first_special(behind, tokenizer)
+    after = markup.around([USER, ASSISTANT, USER])[2]
+    end = first_special(after, tokenizer)
     if end is not None:
         return end
     return next((name for name, index in tokenizer.special_ids.items() if index == tokenizer.stop_id), "")
 
 
 def first_special(text: str, tokenizer: Tokenizer) -> str | None:
-    """Return the beginning of a text up to its first special token, if only white space stands in front of that."""
+    """Return the beginning of a text up to its first special token, if only white space is before that."""
     begun = text.lstrip()
     names = [name for name in tokenizer.special_ids if begun.startswith(name)]
     return text[: len(text) - len(begun)] + max(names, key=len) if names else None
 
 
 def own_end(template: Template, tokenizer: Tokenizer) -> tuple[MarkedText, str]:
-    """Return what a template says that answers end with, a special token behind ``[Y]``, and what else stands there."""
+    """Return the special token after ``[Y]``, with which answers end, and the rest of the text there."""
     left, dropped = template.without_tail()
-    behind = template.pieces[len(left.pieces) :]
-    if not (behind and isinstance(behind[0], Literal) and (special := first_special(behind[0].text, tokenizer))):
+    after = template.pieces[len(left.pieces) :]
+    if not (after and isinstance(after[0], Literal) and (special := first_special(after[0].text, tokenizer))):
         return NOTHING, dropped
-    rest = Literal(behind[0].text.removeprefix(special))
-    return MarkedText(special, ((0, len(special)),)), render([rest, *behind[1:]])
+    rest = Literal(after[0].text.removeprefix(special))
+    return MarkedText(special, ((0, len(special)),)), render([rest, *after[1:]])
 
 
 def _check_plain(markup: ChatMarkup, roles: Sequence[str]) -> None:

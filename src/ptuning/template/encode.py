@@ -60,8 +60,8 @@ class Example:
         encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
         known: Whether the tokenizer knows the target (:func:`~ptuning.template.ambiguity.is_known`); one without any
             tokens is replaced by an unknown token.
-        begun: Number of tokens and slots in front of ``token_ids`` of which the prompt brings keys and values: its
-            block of deep slots, and what the tokenizer puts in front of a text.
+        begun: Number of tokens and slots before ``token_ids`` of which the prompt brings keys and values: its
+            block of deep slots, and the tokens that open a text.
         unread: Which of these, counted from the row's beginning, this row does not read.
         turns_left_out: How many turns of a conversation were left out to fit.
         named_end: Whether the template names what the target ends with.
@@ -91,7 +91,7 @@ StartIds = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class PlacedSlots:
-    """Slots by the tokens that they start from. Text behind them is tokenised as behind their ``tail``, if there is
+    """Slots by the tokens that they start from. Text after them is tokenised as after their ``tail``, if there is
     one, else as a word that begins anew.
     """
 
@@ -105,8 +105,8 @@ class SlotLayout:
     """The slots of a template.
 
     Args:
-        lead_ids: The tokens in front of the block, which open a text; none without a block.
-        block_ids: The tokens that the block's deep slots start at; None for one of the data's. These slots stand at the
+        lead_ids: The tokens before the block, which open a text; none without a block.
+        block_ids: The tokens that the block's deep slots start at; None for one of the data's. These slots are at the
             very front and are no part of rows: the prompt brings their keys and values.
         slot_start_ids: The tokens that the other slots start at, in template order; None for a random start.
         deep_slots: Which of these are deep, by their index.
@@ -132,12 +132,12 @@ class SlotLayout:
 
     @property
     def begun(self) -> int:
-        """Number of tokens and slots in front of a row: the block's, and those that open a text."""
+        """Number of tokens and slots before a row: the block's, and those that open a text."""
         return len(self.lead_ids) + len(self.block_ids)
 
     @property
     def lead(self) -> int:
-        """Number of tokens in front of the block's first slot."""
+        """Number of tokens before the block's first slot."""
         return len(self.lead_ids)
 
     @property
@@ -162,7 +162,7 @@ class SlotLayout:
 
 
 class TooLongError(TemplateError, RecordError):
-    """What must stand in a row is longer than what the model reads."""
+    """The fixed parts of a row are longer than the model's context."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ _Part = TextRun | _Fixed
 
 
 class TokenizedTemplate:
-    """One backbone's template. Text behind the target is dropped (with a notice) for a causal model or after ``[>]``.
+    """One backbone's template. Text after the target is dropped (with a notice) for a causal model or after ``[>]``.
 
-    A special token behind a causal model's target is what answers end with, such as ``<|im_end|>``. Without one, unless
+    A special token after a causal model's target is what answers end with, such as ``<|im_end|>``. Without one, unless
     targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break there
     anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's limit
     or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the prompt
@@ -267,14 +267,14 @@ class TokenizedTemplate:
         return other
 
     def slots_of_lines(self, piece: int, lines: Sequence[str]) -> list[range]:
-        """Return which slots, counted from the first one of the whole template, stand for each of the lines that the
+        """Return which slots, counted from the first one of the whole template, belong to each of the lines that the
         words of the piece at an index are made of.
         """
         before = sum(isinstance(item, Slots | TextSlots) for item in self.template.pieces[:piece])
         own = [item for item in self._pieces if isinstance(item, PlacedSlots)]
         start = sum(len(item.start_ids) for item in own[:before])
         texts = itertools.accumulate(lines)
-        ends = [min(len(self._starts(text, behind=None)), len(own[before].start_ids)) for text in texts]
+        ends = [min(len(self._starts(text, after=None)), len(own[before].start_ids)) for text in texts]
         return [range(start + low, start + high) for low, high in itertools.pairwise([0, *ends])]
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
@@ -314,7 +314,7 @@ class TokenizedTemplate:
     ) -> list[list[Example]]:
         """Fill the template with each of N records and each of its own ``texts`` in turn as the target.
 
-        All texts of a record stand behind the same context: a record that is too long for its longest text is truncated
+        All texts of a record have the same context: a record that is too long for its longest text is truncated
         alike for all of them. Errors as for :meth:`examples`; they name record, counted from ``first``, and answer.
         """
         groups = [
@@ -359,8 +359,8 @@ class TokenizedTemplate:
         return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
 
     def texts(self, record: Record) -> tuple[str, ...]:
-        """Return the filled template up to the target as text: in front of, between and behind its P slots, P + 1
-        texts. A space in front of the target is the target's. Nothing is truncated.
+        """Return the filled template up to the target as text: before, between and after its P slots, P + 1
+        texts. A space before the target is the target's. Nothing is truncated.
         """
         texts = [""]
         for piece in self._pieces:
@@ -393,28 +393,28 @@ class TokenizedTemplate:
                 prepared.append(PlacedSlots((None,) * piece.count, piece.deep))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
-                starts = self._starts(words, behind=prepared[-1] if prepared else None)
+                starts = self._starts(words, after=prepared[-1] if prepared else None)
                 if not starts:
                     raise self.template.error("the words of this piece have no tokens", index)
-                # Deep slots are their words before training, so that what follows is tokenised as behind these.
+                # Deep slots are their words before training, so that what follows is tokenised as after these.
                 tail = MarkedText(words[-1]) if piece.deep and not words[-1].isalnum() else NOTHING
                 prepared.append(PlacedSlots(starts, piece.deep, tail))
             else:
                 prepared.append(piece)
         return tuple(prepared)
 
-    def _starts(self, words: str, *, behind: _Piece | None) -> Ids:
-        """Return the ids of the words of slots as they are behind another piece; a word glued to a word begins anew."""
+    def _starts(self, words: str, *, after: _Piece | None) -> Ids:
+        """Return the ids of the words of slots as they are after another piece; a word glued to a word begins anew."""
         run = TextRun(((LITERAL, MarkedText(words)),))
-        if isinstance(behind, MarkedText) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
-            run = replace(run, lead=behind)
-        elif behind is not None and not isinstance(behind, Turn):
-            run = run.behind_slots(behind.tail if isinstance(behind, PlacedSlots) else NOTHING)
+        if isinstance(after, MarkedText) and not (after.characters[-1:].isalnum() and words[:1].isalnum()):
+            run = replace(run, lead=after)
+        elif after is not None and not isinstance(after, Turn):
+            run = run.after_slots(after.tail if isinstance(after, PlacedSlots) else NOTHING)
         return Encoded(self.tokenizer, [run]).cut(run)[0][1]
 
     def _opening(self) -> Ids:
-        """Return what the tokenizer puts in front of a text. A template that begins with it itself gets it once, also
-        where it stands behind slots that the template begins with. A chat template writes all of it itself.
+        """Return the tokens that open a text. A template that begins with it itself gets it once, also
+        after slots that the template begins with. A chat template writes all of it itself.
         """
         if self.template.has_conversation:
             return ()
@@ -477,7 +477,7 @@ class TokenizedTemplate:
             )
             run = TextRun(joined, is_open=row.target is None)
             before = parts[-1] if parts else None
-            parts.append(run.behind_slots(before.tail) if isinstance(before, PlacedSlots) else run)
+            parts.append(run.after_slots(before.tail) if isinstance(before, PlacedSlots) else run)
         return parts
 
     def _encode(self, parts: Iterable[_Part]) -> Encoded:
@@ -617,7 +617,7 @@ def _take_space(pieces: list[_Piece]) -> str:
 
 
 def _front(pieces: Sequence[object]) -> int:
-    """Return how many pieces of deep slots stand at the front; 0 if nothing but a space, which is the target's, is
+    """Return the number of pieces of deep slots at the front; 0 if nothing but a space, which is the target's, is
     between them and the target.
     """
     for count, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Worked examples in front of a question: as text (in-context learning), and as deep slots that start from it."""
+"""Worked examples before a question: as text (in-context learning), and as deep slots that start from it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def example_lines(manual: Template, examples: Sequence[Record], *, kind: str) ->
 
 
 def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:
-    """Return a manual template with filled-in examples in front."""
+    """Return a manual template with filled-in examples before it."""
     shown = "".join(example_lines(manual, examples, kind=kind))
-    # Examples are whole sentences. In the question, a causal model does not see the text behind the target.
+    # Examples are whole sentences. In the question, a causal model does not see the text after the target.
     pieces = (manual.without_tail()[0] if kind == "causal" else manual).pieces
     if isinstance(pieces[0], Literal):
         return Template((Literal(shown + pieces[0].text), *pieces[1:]))

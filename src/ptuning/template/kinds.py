@@ -15,7 +15,7 @@ PROMPT_SLOTS, PREFIX_SLOTS, DEEP_SLOTS = 20, 10, 20
 
 @dataclass(frozen=True)
 class PromptKind:
-    """A kind of learned prompt: its name, what it is, the slots in front of its template, and the settings in which it
+    """A kind of learned prompt: its name, what it is, the slots before its template, and the settings in which it
     differs. The template is a manual one, or (``learns_words``) one whose words are slots already.
     """
 
@@ -38,7 +38,7 @@ class PromptKind:
 
 
 def in_front(template: Template, slots: Slots | TextSlots) -> Template:
-    """Return a template with slots in front of it.
+    """Return a template with slots before it.
 
     >>> str(in_front(Template.parse("[X] is [Y]"), Slots(3, deep=True)))
     '[D*3] [X] is [Y]'
@@ -57,31 +57,31 @@ KINDS: Mapping[str, PromptKind] = {
     for kind in (
         PromptKind(
             "prompt-tuning",
-            f"{PROMPT_SLOTS} free slots of the input in front of the manual prompt",
+            f"{PROMPT_SLOTS} free slots of the input before the manual prompt",
             Slots(PROMPT_SLOTS),
             {"encoder": "none", "start": "vocabulary"},
         ),
         PromptKind(
             "prefix-tuning",
-            f"{PREFIX_SLOTS} deep slots in front of the manual prompt, which a network makes",
+            f"{PREFIX_SLOTS} deep slots before the manual prompt, which a network makes",
             Slots(PREFIX_SLOTS, deep=True),
             {"encoder": "none", "deep_encoder": "mlp"},
         ),
         PromptKind(
             "p-tuning-v2",
-            f"{DEEP_SLOTS} free deep slots in front of the manual prompt",
+            f"{DEEP_SLOTS} free deep slots before the manual prompt",
             Slots(DEEP_SLOTS, deep=True),
             {"encoder": "none"},
         ),
         PromptKind(
             "context-tuning",
-            "examples of the training part as deep slots in front of the manual prompt",
+            "examples of the training part as deep slots before the manual prompt",
             TextSlots(EXAMPLES, deep=True),
             {"encoder": "none"},
         ),
         PromptKind(
             "hybrid",
-            "examples of the training part as deep slots in front of the learned prompt",
+            "examples of the training part as deep slots before the learned prompt",
             TextSlots(EXAMPLES, deep=True),
             learns_words=True,
         ),

@@ -31,7 +31,7 @@ EXPECTED = "expected [P], [P*3], [P:words], [D], [D*3], [D:words], [X], [C], [Y]
 CONVERSATION_FIELD = "messages"
 MAX_SLOTS = 1000
 DEFAULT_FRONT_SLOTS = 3
-# The words of ``[D:examples]``, which stand for examples of the training data.
+# The words of ``[D:examples]``, a placeholder of examples of the training data.
 EXAMPLES = "examples"
 
 
@@ -103,7 +103,7 @@ BRACKETS: Mapping[str, Piece] = {
 @dataclass(frozen=True)
 class Template:
     """A parsed pattern: pieces in order, neighbouring literals joined. Raises a TemplateError if there is not exactly
-    one target, if its own field is also an input, if ``[>]`` is there twice or behind the target, if ``[C]`` or
+    one target, if its own field is also an input, if ``[>]`` is there twice or after the target, if ``[C]`` or
     ``[D:examples]`` is there twice, or if a text holds half a character.
 
     >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
@@ -140,25 +140,25 @@ class Template:
         return cls(tuple(_joined(_scan(pattern))))
 
     @classmethod
-    def from_manual(cls, manual: str, *, about: str | None = None, behind: bool = False) -> Template:
+    def from_manual(cls, manual: str, *, about: str | None = None, after: bool = False) -> Template:
         """Make a learned template from a manual one: its words become slots that start from them.
 
-        ``about``, a noun, goes in front. Without it, a manual template that begins with a field gets three random slots
-        in front, since slots on both sides learn better. Source: docs/decisions.md, decision 34 (six LAMA relations).
-        With ``behind``, only words behind the last field become slots, and others stay words: a causal model then reads
+        ``about``, a noun, goes first. Without it, a manual template that begins with a field gets three random slots
+        first, since slots on both sides learn better. Source: docs/decisions.md, decision 34 (six LAMA relations).
+        With ``after``, only words after the last field become slots, and others stay words: a causal model then reads
         a long text once for all epochs (decision 38).
         Raises a TemplateError if the manual template is malformed or has slots already, or if there are no words
-        between the last field and the target to be slots ``behind`` it.
+        between the last field and the target to be slots ``after`` it.
 
         >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
         '[P:The country:] [X] [P:is located in] [Y]'
-        >>> str(Template.from_manual("Message: {text} It is for [Y]", behind=True))
+        >>> str(Template.from_manual("Message: {text} It is for [Y]", after=True))
         'Message: {text} [P:It is for] [Y]'
         """
         parsed = cls.parse(manual)
         parsed.check_manual()
         front: list[Piece] = []
-        if behind:
+        if after:
             words = [Literal(f"The {about.strip()}: ")] if about is not None and about.strip() else []
             at = parsed.end_of_fields()
             return cls(tuple(_joined([*words, *parsed.pieces[:at], *_words_to_slots(parsed.pieces[at:])])))
@@ -210,11 +210,11 @@ class Template:
         return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
 
     def end_of_fields(self) -> int:
-        """Return the index behind the last field in front of the target; a TemplateError if no words stand there."""
+        """Return the index after the last field before the target; a TemplateError without words there."""
         target = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target))
         at = 1 + max((index for index in range(target) if isinstance(self.pieces[index], Field)), default=-1)
         if not at or not any(map(_has_words, self.pieces[at:target])):
-            raise self.error("no words between the last field and [Y], which could be slots behind the text", at)
+            raise self.error("no words between the last field and [Y], which could be slots after the text", at)
         return at
 
     def without_tail(self) -> tuple[Template, str]:

@@ -49,7 +49,7 @@ def read_messages(text: str, *, where: str = "the record") -> Messages:
 
 
 def newest(turns: Messages, characters: int) -> Messages:
-    """Return the newest turns that have at most so many characters together: of the oldest, a question goes with its
+    """Return the newest turns that have at most ``characters`` together: of the oldest, a question goes with its
     answer. The last question alone is cut.
     """
     first, left = 0, sum(len(turn.content) for turn in turns)

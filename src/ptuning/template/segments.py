@@ -21,7 +21,7 @@ FILLS_MASKS: tuple[Kind, ...] = ("masked", "permuted")
 
 # Names of segments; callers may use others.
 LITERAL, TARGET = "literal", "target"
-# A placeholder word that shows how the text beside a missing word is tokenised; it is cut off again.
+# A placeholder word that shows how the text next to a missing word is tokenised; it is cut off again.
 ANCHOR_WORD = "a"
 
 
@@ -57,10 +57,10 @@ class MarkedText(NamedTuple):
         return MarkedText(left, tuple((start, min(end, len(left))) for start, end in self.markup))
 
     def has_markup(self, start: int, end: int) -> bool:
-        """Whether what stands from ``start`` to ``end``, but for white space around it, is a part of the markup."""
+        """Whether the text from ``start`` to ``end``, without white space around it, is markup."""
         name = self.characters[start:end].strip()
         start = self.characters.index(name, start)
-        at = bisect_right(self.markup, (start, len(self.characters))) - 1  # spans stand in order, and apart
+        at = bisect_right(self.markup, (start, len(self.characters))) - 1  # spans are in order, and apart
         return at >= 0 and start + len(name) <= self.markup[at][1]
 
 
@@ -105,7 +105,7 @@ def as_markup(text: str, tokenizer: Tokenizer) -> MarkedText:
 @dataclass(frozen=True)
 class TextRun:
     """Text that is tokenised as one string: (name, text) segments, of which at most one is the :data:`TARGET`; its text
-    is :data:`ANCHOR_WORD` if ``is_open``. ``lead`` is text in front that is cut off again; see :meth:`behind_slots`.
+    is :data:`ANCHOR_WORD` if ``is_open``. ``lead`` is text in front that is cut off again; see :meth:`after_slots`.
     """
 
     segments: tuple[tuple[str, MarkedText], ...]
@@ -120,9 +120,9 @@ class TextRun:
         texts = list(itertools.accumulate((text for _, text in self.segments), operator.add, initial=self.lead))[1:]
         return [text._replace(markup=text.markup or ((0, 0),)) for text in texts] if texts[-1].markup else texts
 
-    def behind_slots(self, tail: MarkedText = NOTHING) -> TextRun:
-        """Return the run behind slots, not as a text's beginning: as behind the text that they end with (``tail``), or
-        behind any word. Only a word glued to slots without a tail begins anew.
+    def after_slots(self, tail: MarkedText = NOTHING) -> TextRun:
+        """Return the run after slots, not as a text's beginning: as after the text that they end with (``tail``), or
+        after any word. Only a word glued to slots without a tail begins anew.
         """
         if tail.characters:
             return replace(self, lead=tail)
@@ -171,17 +171,17 @@ class Encoded(dict[MarkedText, Ids]):
         if run.is_open and spans[target][1] and cuts[target] == len(before[target]):
             return [*spans[:target], (TARGET, ()), *spans[target + 1 :]]
         text = sum((text for _, text in run.segments[target + 1 :]), start=NOTHING)
-        behind = self[text]
+        after = self[text]
         if run.is_open:
-            # The placeholder word shares a token with the text beside it, so that text is tokenised alone.
-            return [(LITERAL, before[target][len(lead_ids) :]), (TARGET, ()), (LITERAL, behind)]
+            # The placeholder word shares a token with the text next to it, so that text is tokenised alone.
+            return [(LITERAL, before[target][len(lead_ids) :]), (TARGET, ()), (LITERAL, after)]
         # The target's last token reaches into the text after it, as in "[Y]s"; the whole token is the target's.
         rest = ids[cuts[target] :]
-        own = len(rest) - max(_common(end[::-1], rest[::-1]) for end in (behind, self._behind_word(text)))
+        own = len(rest) - max(_common(end[::-1], rest[::-1]) for end in (after, self._after_word(text)))
         name = run.segments[target + 1][0] if target + 2 == len(spans) else LITERAL
         return [*spans[:target], (TARGET, rest[:own]), (name, rest[own:])]
 
-    def _behind_word(self, text: MarkedText) -> Ids:
+    def _after_word(self, text: MarkedText) -> Ids:
         """Return the ids that a text has after a word; nothing if the two share a token."""
         word, both = self[MarkedText(ANCHOR_WORD)], self[MarkedText(ANCHOR_WORD) + text]
         return both[len(word) :] if both[: len(word)] == word else ()

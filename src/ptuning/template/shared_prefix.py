@@ -1,4 +1,4 @@
-"""Texts that begin alike, as a record in front of its candidates does: what they share is tokenised once."""
+"""Tokenize a shared prefix (one record, many candidates) only once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ptuning.template.segments import ANCHOR_WORD
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
-# Texts are compared if they have this many first characters in common, and looked at closer if so many of them do.
+# Texts are compared if at least SHARING_TEXTS of them have the first SHARED_CHARACTERS in common.
 SHARED_CHARACTERS = 64
 SHARING_TEXTS = 4
 # The space between two words; tokens of one side never depend on the other where no token reaches across.
@@ -37,7 +37,7 @@ def encode_shared_prefix(encode: Encode, texts: Sequence[str]) -> list[list[int]
     """Return the ids of texts as ``encode`` gives them, for a vocabulary that :func:`has_words_apart`.
 
     Of texts that begin alike, the beginning is tokenised once, up to the last space between two words; and each rest
-    behind a word that is cut off again. Where that does not give the ids of the whole text, for the first and the last
+    after a word that is cut off again. Where that does not give the ids of the whole text, for the first and the last
     of them in order, the texts are tokenised whole.
     """
     groups: dict[str, list[str]] = {}

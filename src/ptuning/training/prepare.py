@@ -259,7 +259,7 @@ def place_slots(
     read = _read_tokens(both, some, backbone, config)
     front = f"slots stand in front of the text, so a training pass reads all of it, {read:.0f} tokens a record"
     try:
-        behind = Template.from_manual(manual, behind=True)
+        behind = Template.from_manual(manual, after=True)
     except TemplateError:
         return Placement(both, f"{front}; of words between the last field and [Y], it would read those alone")
     fewer = _read_tokens(behind, some, backbone, config)
