@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Any
 
 # The one place of the version; pyproject.toml reads it from here.
 VERSION = "0.1.0"
@@ -24,16 +24,6 @@ def _versions() -> dict[str, str]:
     return {"ptuning": VERSION, "python": platform.python_version(), **installed}
 
 
-class Data(Protocol):
-    """Records or questions: rows with a name and a hash."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def sha256(self) -> str: ...  # noqa: D102
-    def __len__(self) -> int: ...
-
-
-def described(data: Data, **counts: int) -> dict[str, str | int]:
-    """Return the description of a part of the data for records: its name, hash and rows, then further counts."""
+def described(data: Any, **counts: int) -> dict[str, str | int]:
+    """Return the description of records or questions: their name, hash and number, then further counts."""
     return {"name": data.name, "sha256": data.sha256, "rows": len(data), **counts}

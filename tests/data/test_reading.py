@@ -246,12 +246,8 @@ def test_records_in_memory_are_cleaned_and_known_by_their_content() -> None:
 
 def test_records_without_a_target_are_named() -> None:
     require_targets(Records([{"y": "1"}]))
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(RecordError, match=r"a\.jsonl, record 2: no target; .*'y' .*a, b, y.*--field y=NAME"):
         require_targets(Records([{"y": "1"}, {"a": "1", "y": " ", "b": ""}], name="a.jsonl"))
-    assert str(caught.value) == (
-        "a.jsonl, record 2: no target; the field 'y' is missing or empty, the record has a, b, y. "
-        "Name another field with --field y=NAME, or fill it in or remove the record"
-    )
     with pytest.raises(RecordError, match="the record has no fields"):
         require_targets(Records([{}]))
 

