@@ -41,8 +41,8 @@ class Case:
 CASES = (
     Case("facts", "facts", ((146, 36), (24, 6)), {"epochs": 3}),
     Case("sentences, late slots", "sentences", ((160, 40), (24, 6)), {"epochs": 2}),
-    Case("facts, LoRA", "facts", ((146, 36), (24, 6)), {"epochs": 1, "tune": "lora"}),
-    Case("facts, tuned", "facts", ((146, 36), (24, 6)), {"epochs": 1, "tune": "tuned"}),
+    Case("facts, LoRA", "facts", ((146, 36), (24, 6)), {"epochs": 1, "train_backbone": "lora"}),
+    Case("facts, tuned", "facts", ((146, 36), (24, 6)), {"epochs": 1, "train_backbone": "full"}),
     Case("records of 128 tokens", "records", ((32, 4), (8, 4)), {"epochs": 1, "batch_size": 16}),
     Case(
         "the same, checkpointing", "records", ((32, 4), (8, 4)), {"epochs": 1, "batch_size": 16, "checkpointing": True}

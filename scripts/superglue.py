@@ -31,13 +31,13 @@ NAMES: Mapping[str, str] = {
     "manual+fine-tuning": "manual + fine-tuning",
     "context-tuning": "context tuning, frozen",
     LEARNED: "P-tuning, frozen",
-    LEARNED + ALONG["tuned"]: "P-tuning, tuned",
+    LEARNED + ALONG["full"]: "P-tuning, tuned",
 }
 # Methods that do not depend on the seed. For others, the tables name the number of seeds if it is below the least.
 SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3
 # Tables of mean scores over the tasks on which all of some methods ran: name on the page -> methods.
 PARTS: Mapping[str, Sequence[str]] = {
-    "frozen": ("majority", "manual", "in-context", "context-tuning", LEARNED),
+    "none": ("majority", "manual", "in-context", "context-tuning", LEARNED),
     "trained": tuple(name for name in NAMES if name != "manual+fine-tuning"),
     "every": tuple(NAMES),
 }

@@ -1,14 +1,16 @@
-"""Settings of a training run and of writing, each with its one default. Loads no torch, since --help shows them."""
+"""Settings of a training and of decoding, each with its one default. Loads no torch, since --help shows them."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from typing_extensions import Self
 
 from ptuning.errors import ConfigError, closest, shown
 from ptuning.files import LARGEST, parse_json
@@ -18,22 +20,20 @@ DeepEncoderKind = Literal["none", "mlp"]
 DeepDtype = Literal["float32", "bfloat16"]
 DeepStart = Literal["text", "random"]
 RandomStart = Literal["random", "vocabulary"]
-Tune = Literal["frozen", "head", "tuned", "lora"]
-Keep = Literal["difference", "whole"]
-Setting = int | float | str | bool  # the value of one
+TrainBackbone = Literal["none", "head", "full", "lora"]
+SaveWeights = Literal["difference", "whole"]
+Setting = int | float | str | bool  # value of a setting
 
 # Version of the training code. Raise it when the same settings give another result, so that older results and
 # checkpoints are neither reused nor resumed.
 RECIPE = 4
-# What is added to it where slots are deep, or free vectors of the input: they get further in a step since.
+# Added to it where slots are deep, or free vectors of the input.
 STEPS_RECIPE = 2
 
-# Settings of long targets. They did not exist when some results were made, which have their defaults.
-TEXT_SETTINGS = ("max_target_tokens", "choose_by")
-# What an epoch is chosen by, besides metrics for texts.
+# Criteria that choose the best epoch, besides generation metrics.
 BY_SCORE, BY_LOSS = "score", "loss"
 
-# What transformers' TrainingArguments and peft's configurations call our settings.
+# Names in transformers' TrainingArguments and peft's configurations -> names of settings.
 SETTING_ALIASES: Mapping[str, str] = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -44,7 +44,6 @@ SETTING_ALIASES: Mapping[str, str] = {
     "warmup_ratio": "warmup_fraction",
     "max_seq_length": "max_length",
     "max_target_length": "max_target_tokens",
-    "metric_for_best_model": "choose_by",
     "early_stopping_patience": "patience",
     "gradient_checkpointing": "checkpointing",
     "encoder_dropout": "dropout",
@@ -52,264 +51,302 @@ SETTING_ALIASES: Mapping[str, str] = {
     "target_modules": "lora_targets",
 }
 
-# Settings of a part that only some methods train; all others act on every training.
-SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts", "restarts")
-# Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
-DEEP_SETTINGS = (
-    "deep_lr",
-    "deep_encoder",
-    "deep_start",
-    "column_dropout",
-    "examples",
-    "leave_one_out",
-    "values_only",
-    "deep_dtype",
-)
-# Settings of a classification head, and of trainings that are lost, which did not exist either.
-HEAD_SETTINGS = ("head_lr",)
-LOST_SETTINGS = ("restarts",)
-BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
-    "head": HEAD_SETTINGS,
-    "tuned": ("backbone_lr", "backbone_weight_decay"),
-    "lora": ("lora_lr", "lora_rank", "lora_alpha", "lora_targets"),
-}
-# Settings that a comparison does not vary -> what is there instead.
+# Setting -> why a comparison does not vary it.
 NOT_VARIED: Mapping[str, str] = {
     "seed": "--seeds N repeats the methods with other seeds",
-    "tune": "--methods names methods that train the backbone as well",
+    "train_backbone": "--methods names methods that train the backbone as well",
     "dev_fraction": "all methods choose on the same development part",
-    "keep": "it changes no result",
+    "save_weights": "it changes no result",
 }
 
 # Bounds of a temperature and of a repetition penalty: logits multiplied or divided by them stay finite.
 LEAST, MOST = 1e-6, 1e6
 
-TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, StringConstraints(pattern=r"[^\s,]")]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run; each has its one default here.
+class Settings(BaseModel):
+    """Settings that are checked when they are made; any mistake is a ConfigError that names the setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(error, type(self)) from error
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> Self:
+        """Return settings from names and values; a ConfigError names an unknown one and the closest."""
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Setting]:
+        """Return all settings as names and values."""
+        return self.model_dump()
+
+    def with_settings(self, values: Mapping[str, object]) -> Self:
+        """Return the settings with some changed, which count as given."""
+        return self._changed(values, {*self.model_fields_set, *values})
+
+    def adapted(self, **values: object) -> Self:
+        """Return the settings with some changed; they count as given only if they did before."""
+        return self._changed(values, self.model_fields_set)
+
+    def as_defaults(self) -> Self:
+        """Return the same settings, none of which counts as given."""
+        return self._changed({}, set())
+
+    def _changed(self, values: Mapping[str, object], given: Set[str]) -> Self:
+        changed = type(self)(**{**self.to_json(), **values})
+        changed.model_fields_set.intersection_update(given)
+        return changed
+
+
+def _config_error(error: ValidationError, settings: type[Settings]) -> ConfigError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name, known = str(first["loc"][0]), list(settings.model_fields)
+    if first["type"] == "extra_forbidden":
+        ours = SETTING_ALIASES.get(name)
+        hint = f" Here it is called '{ours}'." if ours in known else closest(name, known)
+        return ConfigError(f"unknown setting '{name}'.{hint} Known: {', '.join(known)}")
+    message = str(first["msg"]).replace("Input should", "it must").replace("String should", "it must")
+    return ConfigError(f"setting '{name}' is {shown(first['input'])}; {message}")
+
+
+class TrainConfig(Settings):
+    """Settings of a training run; each has its one default here. ``model_fields_set`` names those that were given.
 
     Args:
         epochs: Passes over the training part.
         batch_size: Records per forward and backward pass.
-        max_length: Most tokens of a row, or what the model reads, if that is less; fields of longer rows are truncated.
+        max_length: Maximum tokens of a row (or what the model reads, if less); fields of longer rows are truncated.
         accumulation_steps: Passes per optimizer step (gradient accumulation), with the loss of one larger batch.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Of AdamW.
+        lr: Peak learning rate (AdamW) of slots of the input.
+        weight_decay: Weight decay (AdamW) of slots.
         warmup_fraction: Share of the steps in which the learning rate rises; after that it falls linearly to zero.
         max_grad_norm: Gradients are clipped to this norm.
-        encoder: ``lstm`` (the paper's), ``mlp`` or ``none`` (free vectors).
-        dropout: Of the prompt encoder.
-        start: Start values of ``[P]`` slots: ``random``, or ``vocabulary`` for random tokens.
-        deep_lr: Peak learning rate of deep slots, in shares of what tokens measure in each layer.
-        deep_encoder: ``none`` (free vectors) or ``mlp`` (prefix tuning's) for what deep slots learn in the layers.
-        deep_start: What deep slots start at in the layers: ``text``, the words or tokens that they stand for, or
+        encoder: Prompt encoder: ``lstm`` (the paper's), ``mlp`` or ``none`` (free vectors).
+        dropout: Dropout of the prompt encoder.
+        start: Initial values of ``[P]`` slots without words: ``random``, or ``vocabulary`` for random tokens.
+        deep_lr: Peak learning rate of deep slots, relative to the RMS of each layer's activations.
+        deep_encoder: Encoder of deep slots: ``none`` (free vectors) or ``mlp`` (prefix tuning's).
+        deep_start: Initial values of deep slots in the layers: ``text``, the activations of their words or tokens, or
             ``random``, normal numbers (the usual start of prefix tuning and P-tuning v2; a control, it learns slowly).
-        column_dropout: Share of a block of deep slots in front that a row of training does not read, drawn anew for
-            each row and step; never its first column.
+        column_dropout: Share of the deep slots that a training row does not attend to, drawn anew for each row and
+            step; never the first one. Causal models only.
         examples: Number of examples in ``[D:examples]``; fewer where they do not fit.
-        leave_one_out: Whether a training record that is among the examples does not read itself there.
-        values_only: Whether the keys of a block of deep slots stay as they start.
-        deep_dtype: Number format of the vectors that deep slots have in the layers, in the prompt's file: ``bfloat16``
-            halves it. They are rounded once, when the prompt is made.
-        starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
-        restarts: How often slots over a frozen backbone start anew with half the learning rates where training is lost:
-            when it ends, no epoch had a better score, or a lower loss in training or development, than the start.
-        tune: ``frozen`` trains the slots alone, ``head`` also a classification head for labels, ``tuned`` also every
-            weight of the backbone, ``lora`` also small adapters on its linear layers.
+        leave_one_out: Whether a training record that is among the examples does not attend to itself there.
+        values_only: Whether the keys of deep slots keep their initial values. Causal models only.
+        deep_dtype: Number format of deep slots in the prompt's file: ``bfloat16`` halves it. They are rounded once,
+            when the prompt is made.
+        num_restarts: Number of prompts trained from different random states; the best on the development part is kept.
+        retries_on_divergence: How often a prompt restarts with half the learning rates if no epoch improved on its
+            initialization. Frozen backbone only.
+        train_backbone: Weights trained besides the slots: ``none``, ``head`` (a classification head for labels),
+            ``full`` (every weight of a copy of the backbone) or ``lora`` (adapters on its linear layers).
         head_lr: Peak learning rate of a classification head.
-        backbone_lr: Peak learning rate of the backbone's weights, for ``tuned``.
-        backbone_weight_decay: Of AdamW for the backbone's matrices, for ``tuned``; biases and norms do not decay.
+        backbone_lr: Peak learning rate of the backbone's weights, for ``full``.
+        backbone_weight_decay: Weight decay of the backbone's matrices, for ``full``; biases and norms do not decay.
         lora_lr: Peak learning rate of adapters.
         lora_rank: Rank of each adapter.
         lora_alpha: The output of an adapter is multiplied by this and divided by the rank.
-        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice), or names with commas.
-        keep: How tuned weights are saved: ``difference`` holds the changed ones and needs the frozen backbone;
-            ``whole`` is a model's folder that works alone.
-        learn_to_stop: Whether a prompt for a causal model learns to end after the target.
-        max_target_tokens: Most tokens of a target that are learned, longer ones are cut; 0 is as many as 99 in 100
-            targets have, and at least 64. Nothing is cut where answers are scored.
-        choose_by: What the best epoch is chosen by on the development part: ``score`` (then loss), ``loss``, or a
-            metric for texts such as ``bleu``, of what is written for at most 64 of its records.
+        lora_targets: Layers with an adapter: ``all-linear``, ``default`` (peft's choice), or names with commas.
+        save_weights: Format of fully trained weights: ``difference`` holds the changed ones and needs the frozen
+            backbone; ``whole`` is a model's folder that works alone.
+        train_eos: Whether a prompt for a causal model learns to end after the target.
+        max_target_tokens: Maximum tokens of a target that are learned, longer ones are truncated; 0 is the 99th
+            percentile of the targets' lengths, and at least 64. Nothing is truncated where answers are scored.
+        metric_for_best_model: Criterion for the best epoch on the development part: ``score`` (then loss), ``loss``, or
+            a generation metric such as ``bleu``, of answers generated for at most 64 of its records.
         patience: Epochs without a better development score or loss after which training stops (early stopping).
         dev_fraction: Share of the training data that is split off if no development data is given.
-        seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
+        seed: Random seed; initial values, data order, dropout and split each have a generator of their own.
         checkpoint_seconds: Time between checkpoints within an epoch; one is always written after an epoch.
         cache_memory: Share of the free memory for the KV cache of the text before the slots; 0 turns it off.
-        cache_disk: Gigabytes (10^9 bytes) that this cache may take on the disk beyond its memory.
+        cache_disk: Gigabytes (10^9 bytes) that this cache may use on disk beyond its memory.
         checkpointing: Activation checkpointing (recomputing them): less memory, more time, the same result.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.
     """
 
-    epochs: int = 6
-    batch_size: int = 8
-    max_length: int = 2048
-    accumulation_steps: int = 1
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.1
-    max_grad_norm: float = 1.0
+    epochs: Count = 6
+    batch_size: Count = 8
+    max_length: Count = 2048
+    accumulation_steps: Count = 1
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 0.0
+    warmup_fraction: Share = 0.1
+    max_grad_norm: Positive = 1.0
     encoder: EncoderKind = "lstm"
-    dropout: float = 0.0
+    dropout: Share = 0.0
     start: RandomStart = "random"
-    deep_lr: float = 1e-2
+    deep_lr: Positive = 1e-2
     deep_encoder: DeepEncoderKind = "none"
     deep_start: DeepStart = "text"
-    column_dropout: float = 0.1
-    examples: int = 16
+    column_dropout: Share = 0.1
+    examples: Count = 16
     leave_one_out: bool = True
     values_only: bool = False
     deep_dtype: DeepDtype = "float32"
-    starts: int = 1
-    restarts: int = 1
-    tune: Tune = "frozen"
-    head_lr: float = 1e-3
-    backbone_lr: float = 3e-5
-    backbone_weight_decay: float = 0.0
-    lora_lr: float = 5e-4
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_targets: str = "all-linear"
-    keep: Keep = "difference"
-    learn_to_stop: bool = True
-    max_target_tokens: int = 0
-    choose_by: str = BY_SCORE
-    patience: int = 3
-    dev_fraction: float = 0.2
-    seed: int = 0
-    checkpoint_seconds: float = 30.0
-    cache_memory: float = 0.25
-    cache_disk: float = 0.0
+    num_restarts: Count = 1
+    retries_on_divergence: Natural = 1
+    train_backbone: TrainBackbone = "none"
+    head_lr: Positive = 1e-3
+    backbone_lr: Positive = 3e-5
+    backbone_weight_decay: NotNegative = 0.0
+    lora_lr: Positive = 5e-4
+    lora_rank: Count = 8
+    lora_alpha: Positive = 16.0
+    lora_targets: Name = "all-linear"
+    save_weights: SaveWeights = "difference"
+    train_eos: bool = True
+    max_target_tokens: Natural = 0
+    metric_for_best_model: Name = BY_SCORE
+    patience: Count = 3
+    dev_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: Natural = 0
+    checkpoint_seconds: NotNegative = 30.0
+    cache_memory: Share = 0.25
+    cache_disk: NotNegative = 0.0
     checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), type(item.default))
-        for name in (
-            "epochs",
-            "batch_size",
-            "max_length",
-            "accumulation_steps",
-            "starts",
-            "patience",
-            "lora_rank",
-            "examples",
-        ):
-            self._require(name, getattr(self, name) >= 1, "a whole number from 1")
-        for name in ("max_target_tokens", "restarts"):
-            self._require(name, getattr(self, name) >= 0, "a whole number from 0")
-        self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
-        self._require("seed", self.seed >= 0, "a whole number from 0 to below 2^63")
-        for name in ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
-        for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
-            self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")
-        for name in ("warmup_fraction", "dropout", "column_dropout", "cache_memory"):
-            self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
-        self._require("dev_fraction", 0 < self.dev_fraction < 1, "a number between 0 and 1")
-        for name, choices in (
-            ("encoder", get_args(EncoderKind)),
-            ("deep_encoder", get_args(DeepEncoderKind)),
-            ("deep_start", get_args(DeepStart)),
-            ("deep_dtype", get_args(DeepDtype)),
-            ("start", get_args(RandomStart)),
-            ("tune", get_args(Tune)),
-            ("keep", get_args(Keep)),
-        ):
-            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        self._require("keep", self.keep == "difference" or self.tune == "tuned", "difference where tune is not tuned")
-        self._require("lora_targets", bool(listed_names(self.lora_targets)), "all-linear, default or names of modules")
-
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        _require(name, getattr(self, name), holds, allowed)
 
     @property
     def prefix_cache_share(self) -> float:
         """Share of the free memory for the prefix cache; 0 where the backbone is trained, since its keys change."""
-        return self.cache_memory if self.tune == "frozen" else 0.0
+        return self.cache_memory if self.train_backbone == "none" else 0.0
 
     @property
     def prefix_cache_bytes(self) -> int:
         """Bytes on the disk for the prefix cache."""
         return int(min(self.cache_disk * 1e9, sys.maxsize))
 
-    def to_json(self) -> dict[str, Setting]:
-        """Return the settings as in ``run.json``."""
-        return dataclasses.asdict(self)
-
-    def with_settings(self, values: Mapping[str, object]) -> TrainConfig:
-        """Return the settings with some changed; a ConfigError as of :meth:`from_json`."""
-        return TrainConfig.from_json({**self.to_json(), **values})
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, object]) -> TrainConfig:
-        """Read settings back; a ConfigError names an unknown one (and the closest), or a value of a wrong type."""
-        _check_known(cls, values)
-        return cls(**values)  # type: ignore[arg-type]  # the constructor checks the types
-
 
 @dataclass(frozen=True)
-class GenerationSettings:
-    """How answers are written, in the words and with the defaults of transformers' ``GenerationConfig``.
-
-    Nothing else of a model's own ``generation_config.json`` is read than the tokens that end a text.
+class TrainingFacts:
+    """Facts of a training that decide which settings act on it; a comparison method knows only some of them.
 
     Args:
-        max_new_tokens: Longest answer; by default 2 tokens more than the longest training target.
+        train_backbone: As in :class:`TrainConfig`.
+        has_slots: Whether the template has slots of the input, such as ``[P]``.
+        has_deep: Whether it has deep slots (``[D]``).
+        has_block: Whether deep slots are keys and values before the input (of causal models), not layer offsets.
+        has_examples: Whether it has ``[D:examples]``.
+        has_dev: Whether development data was given.
+        uses_cache: Whether prefixes are cached (``cache_memory`` is not 0).
+    """
+
+    train_backbone: TrainBackbone | None = "none"
+    has_slots: bool = True
+    has_deep: bool = True
+    has_block: bool = True
+    has_examples: bool = True
+    has_dev: bool = False
+    uses_cache: bool = True
+
+
+_SLOTS = ("slots of the input, such as [P]", lambda facts: facts.has_slots)
+_ANY_SLOTS = ("slots", lambda facts: facts.has_slots or facts.has_deep)
+_DEEP = ("deep slots, such as [D*20]", lambda facts: facts.has_deep)
+_BLOCK = ("deep slots of a causal model", lambda facts: facts.has_deep and facts.has_block)
+_EXAMPLES = ("[D:examples] in the template", lambda facts: facts.has_examples)
+_NONE, _HEAD, _FULL, _LORA = (
+    (f"train_backbone={kind}", lambda facts, kind=kind: facts.train_backbone == kind)
+    for kind in ("none", "head", "full", "lora")
+)
+# Setting -> what it needs to act, in words and as a rule; all other settings act on every training.
+NEEDS: Mapping[str, tuple[str, Callable[[TrainingFacts], bool]]] = {
+    "lr": _SLOTS,
+    "encoder": _SLOTS,
+    "dropout": _SLOTS,
+    "start": _SLOTS,
+    "weight_decay": _ANY_SLOTS,
+    "num_restarts": _ANY_SLOTS,
+    "retries_on_divergence": _NONE,
+    "deep_lr": _DEEP,
+    "deep_encoder": _DEEP,
+    "deep_start": _DEEP,
+    "deep_dtype": _DEEP,
+    "column_dropout": _BLOCK,
+    "values_only": _BLOCK,
+    "examples": _EXAMPLES,
+    "leave_one_out": _EXAMPLES,
+    "head_lr": _HEAD,
+    "backbone_lr": _FULL,
+    "backbone_weight_decay": _FULL,
+    "save_weights": _FULL,
+    "lora_lr": _LORA,
+    "lora_rank": _LORA,
+    "lora_alpha": _LORA,
+    "lora_targets": _LORA,
+    "cache_memory": _NONE,
+    "cache_disk": ("train_backbone=none and a cache_memory above 0", lambda f: _NONE[1](f) and f.uses_cache),
+    "dev_fraction": ("no development data to be given", lambda facts: not facts.has_dev),
+}
+
+
+def acts_on(setting: str, facts: TrainingFacts) -> bool:
+    """Whether a setting changes anything in a training with these facts."""
+    return setting not in NEEDS or NEEDS[setting][1](facts)
+
+
+def refuse_unused(config: TrainConfig, facts: TrainingFacts) -> None:
+    """Raise a ConfigError that names the settings that were given, and that cannot act on this training."""
+    unused = [
+        name for name in type(config).model_fields if name in config.model_fields_set and not acts_on(name, facts)
+    ]
+    if unused:
+        needs = "; ".join(f"{name} needs {NEEDS[name][0]}" for name in unused)
+        raise ConfigError(f"settings without effect in this training: {needs}. Leave them out")
+
+
+def _as_texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class GenerationSettings(Settings):
+    """Settings of decoding, with the names and defaults of transformers' ``GenerationConfig``.
+
+    Of a model's own ``generation_config.json`` only the end-of-sequence tokens are used.
+
+    Args:
+        max_new_tokens: Maximum length of an answer; by default 2 tokens more than the longest training target.
         num_beams: Width of the beam search; 1 is greedy decoding (or sampling).
         length_penalty: Beams are compared by their log-probability divided by their length to this power.
-        do_sample: Draw each token instead of taking the likeliest.
-        temperature: Logits are divided by it before a draw; below 1 likely tokens become likelier.
-        top_k: Draw among so many of the likeliest tokens; 0 is all.
-        top_p: Draw among the likeliest tokens whose probabilities add up to this (nucleus sampling).
-        repetition_penalty: Above 1 makes tokens that were written before less likely. The prompt does not count.
+        do_sample: Sample each token instead of taking the likeliest.
+        temperature: Logits are divided by it before sampling; below 1 likely tokens become likelier.
+        top_k: Sample among this many of the likeliest tokens; 0 is all.
+        top_p: Sample among the likeliest tokens whose probabilities add up to this (nucleus sampling).
+        repetition_penalty: Above 1 makes tokens that were generated before less likely. The prompt does not count.
         stop_strings: Texts that end an answer, and that are left out of it.
-        seed: Of the draws.
+        seed: Random seed of sampling.
 
     Raises:
         ConfigError: If a value has a wrong type, is out of range or has no effect; names the setting.
     """
 
-    max_new_tokens: int | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
+    max_new_tokens: Count | None = None
+    num_beams: Count = 1
+    length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    stop_strings: tuple[str, ...] = ()
-    seed: int = 0
+    temperature: Annotated[float, Field(ge=LEAST, le=MOST)] = 1.0
+    top_k: Natural = 50
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=LEAST, le=MOST)] = 1.0
+    stop_strings: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_texts)] = ()
+    seed: Natural = 0
 
-    def __post_init__(self) -> None:
-        given = self.stop_strings
-        texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
-        object.__setattr__(self, "stop_strings", texts)
-        _require("stop_strings", texts, _are_texts(texts), "texts that are not empty")
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.name != "stop_strings" and (item.name, value) != ("max_new_tokens", None):
-                _check_type(item.name, value, int if item.default is None else type(item.default))
-        longest = self.max_new_tokens
-        _require("max_new_tokens", longest, longest is None or longest >= 1, "a whole number from 1")
-        _require("num_beams", self.num_beams, self.num_beams >= 1, "a whole number from 1")
-        _require("top_k", self.top_k, self.top_k >= 0, "a whole number from 0")
-        _require("seed", self.seed, self.seed >= 0, "a whole number from 0 to below 2^63")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 up to 1")
-        _require("length_penalty", self.length_penalty, abs(self.length_penalty) <= 100, "a number from -100 to 100")
-        for name in ("temperature", "repetition_penalty"):
-            _require(name, getattr(self, name), LEAST <= getattr(self, name) <= MOST, f"from {LEAST:g} to {MOST:g}")
-        self._refuse_unused()
-
-    def _refuse_unused(self) -> None:
-        """Refuse settings without effect: of draws where nothing is drawn, and of beams where there is one."""
+    def model_post_init(self, _: object) -> None:
+        """Refuse settings without effect: of sampling without it, and of beams where there is one."""
         if self.do_sample and self.num_beams > 1:
             raise ConfigError(
-                f"num_beams is {self.num_beams}, and do_sample draws one token at a time; use one of them"
+                f"num_beams is {self.num_beams}, and do_sample samples one token at a time; use one of them"
             )
         for names, is_used, needed in (
             (("temperature", "top_k", "top_p", "seed"), self.do_sample, "do_sample"),
@@ -322,69 +359,33 @@ class GenerationSettings:
     @property
     def changed(self) -> list[str]:
         """Names of the settings that do not have their default."""
-        return [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+        return [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
 
     @classmethod
-    def of(cls, given: GenerationSettings | Mapping[str, object] | None) -> GenerationSettings:
-        """Return settings as they are, or from names and values; a ConfigError names an unknown one."""
-        if isinstance(given, GenerationSettings):
-            return given
-        _check_known(cls, given or {})
-        return cls(**(given or {}))  # type: ignore[arg-type]  # the constructor checks the types
-
-
-def _check_known(settings: type[TrainConfig | GenerationSettings], values: Mapping[str, object]) -> None:
-    known = [item.name for item in dataclasses.fields(settings)]
-    for name in values:
-        if name not in known:
-            ours = SETTING_ALIASES.get(name)
-            hint = f" Here it is called '{ours}'." if ours in known else closest(name, known)
-            raise ConfigError(f"unknown setting '{name}'.{hint} Known: {', '.join(known)}")
-
-
-def _are_texts(values: object) -> bool:
-    return isinstance(values, tuple) and all(isinstance(one, str) and one for one in values)
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"setting '{name}' is {shown(value)}; it must be {allowed}")
-
-
-def _check_type(name: str, value: object, wanted: type) -> None:
-    """Check that a setting has its type. A whole number is a number too, unless no tensor holds it; true is not."""
-    fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
-    too_large = isinstance(value, int) and abs(value) > LARGEST
-    if not fits or too_large or (isinstance(value, bool) and wanted is not bool):
-        below = " below 2^63" if too_large else ""
-        raise ConfigError(f"setting '{name}' is {shown(value)}; it must be {TYPE_NAMES[wanted]}{below}")
+    def of(cls, settings: GenerationSettings | Mapping[str, object] | None) -> GenerationSettings:
+        """Return settings as they are, or from names and values."""
+        return settings if isinstance(settings, GenerationSettings) else cls.from_json(settings or {})
 
 
 def listed_names(names: Sequence[str] | str) -> list[str]:
     """Return names given as a list, or as one text with commas."""
-    given = names.split(",") if isinstance(names, str) else names
-    return [name.strip() for name in given if name.strip()]
+    parts = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in parts if name.strip()]
 
 
 def setting_of(text: str) -> tuple[str, Setting]:
     """Read ``NAME=VALUE``; the value is JSON, or else the text as it is."""
     name, _, value = text.partition("=")
     try:
-        found = parse_json(value)
+        parsed = parse_json(value)
     except ValueError:
-        found = value
-    return name, found if isinstance(found, int | float | str) else value
+        parsed = value
+    return name, parsed if isinstance(parsed, int | float | str) else value
 
 
 def as_setting(name: str, value: Setting) -> str:
     """Write a setting as :func:`setting_of` reads it."""
     return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-
-
-def acts_on(setting: str, *, tune: Tune | None, learns_slots: bool) -> bool:
-    """Whether a setting changes anything for a training of this kind."""
-    others = [name for kind, names in BACKBONE_SETTINGS.items() if kind != tune for name in names]
-    return setting not in others and (learns_slots or setting not in (*SLOT_SETTINGS, *DEEP_SETTINGS))
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
@@ -394,5 +395,5 @@ def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
 
 
 def start_seed(seed: int, number: int) -> int:
-    """Return the seed of one of several starts; the first start has the seed of a single one."""
+    """Return the seed of one of several restarts, from 0; the first has the seed itself."""
     return derived_seed(seed, "start", number) if number else seed

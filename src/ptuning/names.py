@@ -52,8 +52,8 @@ STARTED_FILE = "started.json"
 # Means every method where a list of methods is asked for.
 ALL_METHODS = "all"
 MAJORITY, MANUAL, LEARNED = "majority", "manual", "p-tuning"
-# Setting "tune" -> what is added to the name of a method that trains the backbone as well.
-ALONG: Mapping[str, str] = {"frozen": "", "head": "+head", "tuned": "+fine-tuning", "lora": "+lora"}
+# Setting "train_backbone" -> what is added to the name of a method that trains the backbone as well.
+ALONG: Mapping[str, str] = {"none": "", "head": "+head", "full": "+fine-tuning", "lora": "+lora"}
 # Added to the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 

@@ -382,7 +382,7 @@ def test_facts_are_learned_by_heart_on_the_way_a_user_goes(
     folder = tmp_path / "backbone"
     model_of(name, **{"t5": {"dropout_rate": 0.0}, "xlnet": {"dropout": 0.0}}[name]).save_pretrained(folder)
     families.tokenizer_of(FAMILIES[name].tokenizer).save_pretrained(folder)
-    config = TrainConfig(tune="tuned", epochs=4, batch_size=2, backbone_lr=0.01, lr=0.01)
+    config = TrainConfig(train_backbone="full", epochs=4, batch_size=2, backbone_lr=0.01, lr=0.01)
     out, rows = tmp_path / "run", facts * 10  # an epoch ends with scoring and writing files
     found = ptuning.train(template, rows, dev=facts, backbone=ptuning.load_backbone(folder), config=config, out=out)
     assert found.prompt.scores["exact_match"] == 1.0

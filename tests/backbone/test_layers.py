@@ -100,27 +100,29 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("name", "tune"),
-    [*((name, "tuned") for name in ("gpt2", "llama", "bert", "xlnet", "t5", "bart")), ("gpt2", "frozen"),
-     ("t5", "frozen"), ("llama", "lora"), ("bert", "lora")],
+    ("name", "train_backbone"),
+    [*((name, "full") for name in ("gpt2", "llama", "bert", "xlnet", "t5", "bart")), ("gpt2", "none"),
+     ("t5", "none"), ("llama", "lora"), ("bert", "lora")],
 )  # fmt: skip
-def test_training_learns_the_same_to_the_bit(name: str, tune: str) -> None:
+def test_training_learns_the_same_to_the_bit(name: str, train_backbone: str) -> None:
     """With the dropout that a tuned backbone draws: what is computed again draws it again."""
-    if tune == "lora":
+    if train_backbone == "lora":
         pytest.importorskip("peft")
-    plain, saving = (trained(own_copy(name), tune=tune, checkpointing=on, epochs=1) for on in (False, True))
+    plain, saving = (
+        trained(own_copy(name), train_backbone=train_backbone, checkpointing=on, epochs=1) for on in (False, True)
+    )
     assert torch.equal(plain.best_vectors, saving.best_vectors)
     assert torch.equal(plain.learner.vectors(), saving.learner.vectors())
-    assert bool(plain.learner.weights) == (tune != "frozen")
+    assert bool(plain.learner.weights) == (train_backbone != "none")
     for one, other in zip(plain.learner.weights.values(), saving.learner.weights.values(), strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("tune", ["frozen", "tuned"])
-def test_a_run_goes_on_with_or_without_it(causal: Backbone, tmp_path: Path, tune: str) -> None:
-    whole = trained(causal, tune=tune)
-    trained(causal, tmp_path, stop_after=2, tune=tune, checkpointing=True)
-    resumed = trained(causal, tmp_path, tune=tune)
+@pytest.mark.parametrize("train_backbone", ["none", "full"])
+def test_a_run_goes_on_with_or_without_it(causal: Backbone, tmp_path: Path, train_backbone: str) -> None:
+    whole = trained(causal, train_backbone=train_backbone)
+    trained(causal, tmp_path, stop_after=2, train_backbone=train_backbone, checkpointing=True)
+    resumed = trained(causal, tmp_path, train_backbone=train_backbone)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
     assert resumed.state.step == whole.state.step == 4
 

@@ -128,7 +128,7 @@ def test_peft_reads_adapters_on_experts(head: str, tmp_path: Path) -> None:
 
 def check_peft_reads(backbone: Backbone, folder: Path) -> None:
     trained = adapted(backbone)
-    TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(folder)
+    TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(folder)
     assert json.loads((folder / lora.CONFIG_FILE).read_text())["base_model_name_or_path"] == backbone.name
     plain = backbone.copy().model
     model = peft.PeftModel.from_pretrained(plain, folder)

@@ -28,7 +28,7 @@ from ptuning.backbone.trained_weights import (
     with_adapters,
     write_tensors,
 )
-from ptuning.config import Keep
+from ptuning.config import SaveWeights
 from ptuning.errors import BackboneError, FileError, PromptError
 from ptuning.files import Json, Unchecked
 from tests.conftest import make_tokenizer
@@ -91,21 +91,21 @@ def logits(backbone: Backbone) -> torch.Tensor:
 
 
 def test_which_weights_are_trained(backbone: Backbone) -> None:
-    assert trained_parameters(backbone, "frozen") == {}
-    assert list(trained_parameters(backbone, "tuned")) == [name for name, _ in backbone.model.named_parameters()]
+    assert trained_parameters(backbone, "none") == {}
+    assert list(trained_parameters(backbone, "full")) == [name for name, _ in backbone.model.named_parameters()]
     found = trained_parameters(adapted(backbone), "lora")
     assert found
     assert not any(one is other for one in found.values() for other in backbone.model.parameters())
 
 
 @pytest.mark.parametrize("keep", ["difference", "whole"])
-def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: Keep, tmp_path: Path) -> None:
+def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: SaveWeights, tmp_path: Path) -> None:
     """Invariant *Saved is what was trained* (docs/invariants.md): bit by bit, a zero's changed sign included."""
     before, trained = weights(backbone), moved(backbone)
     with torch.no_grad():
         last = list(trained.model.parameters())[-1]
         last.reshape(-1)[0] = 0.0
-    found = TrainedWeights.of(trained, backbone, tune="tuned", keep=keep)
+    found = TrainedWeights.of(trained, backbone, train_backbone="full", keep=keep)
     about = found.save(tmp_path)
     read = load(tmp_path, about)
     other = read.into(backbone)
@@ -125,7 +125,7 @@ def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: Keep, tmp_
 @pytest.mark.parametrize("keep", ["difference", "whole"])
 @pytest.mark.parametrize("files", [torch.float32, torch.bfloat16])
 def test_weights_trained_in_one_type_and_loaded_in_another(
-    causal: Backbone, keep: Keep, files: torch.dtype, tmp_path: Path
+    causal: Backbone, keep: SaveWeights, files: torch.dtype, tmp_path: Path
 ) -> None:
     """What docs/tune.md says of untouched rows: rounded as the backbone is, where its files hold more than bfloat16."""
     causal.model.to(files).save_pretrained(tmp_path)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def test_weights_trained_in_one_type_and_loaded_in_another(
     half = load_backbone(tmp_path, dtype="bfloat16", device="cpu")
     for one, other in ((full, half), (half, full)):
         trained = moved(one)
-        found = TrainedWeights.of(trained, one, tune="tuned", keep=keep)
+        found = TrainedWeights.of(trained, one, train_backbone="full", keep=keep)
         assert torch.equal(logits(found.into(one)), logits(trained))
         same = torch.equal(logits(found.into(other)), logits(trained))
         assert same == (keep == "whole" or files == torch.bfloat16)
@@ -143,11 +143,11 @@ def test_weights_trained_in_one_type_and_loaded_in_another(
 def test_a_difference_holds_what_changed(causal: Backbone, tmp_path: Path) -> None:
     trained = moved(causal)
     names = [name for name, _ in causal.model.named_parameters()]
-    found = TrainedWeights.of(trained, causal, tune="tuned", keep="difference").tensors
+    found = TrainedWeights.of(trained, causal, train_backbone="full", keep="difference").tensors
     assert set(found) == {names[0], names[0] + ROWS, *names[2:]}
     assert found[names[0] + ROWS].tolist() == [1, 3]
     assert len(found[names[0]]) == 2
-    nothing = TrainedWeights.of(causal.copy(), causal, tune="tuned", keep="difference")
+    nothing = TrainedWeights.of(causal.copy(), causal, train_backbone="full", keep="difference")
     assert nothing.tensors == {}
     read = load(tmp_path, nothing.save(tmp_path))
     assert torch.equal(logits(read.into(causal)), logits(causal))
@@ -155,7 +155,7 @@ def test_a_difference_holds_what_changed(causal: Backbone, tmp_path: Path) -> No
 
 def test_whole_weights_are_a_model_that_works_alone(backbone: Backbone, tmp_path: Path) -> None:
     trained = moved(backbone)
-    TrainedWeights.of(trained, backbone, tune="tuned", keep="whole").save(tmp_path)
+    TrainedWeights.of(trained, backbone, train_backbone="full", keep="whole").save(tmp_path)
     alone = load_backbone(tmp_path, dtype="float32", device="cpu")
     assert torch.equal(logits(alone), logits(trained))
     assert alone.fingerprint == trained.fingerprint
@@ -168,7 +168,7 @@ def test_whole_weights_are_a_model_that_works_alone(backbone: Backbone, tmp_path
 
 def test_adapters_come_back_bit_by_bit(backbone: Backbone, tmp_path: Path) -> None:
     trained = adapted(backbone)
-    read = load(tmp_path, TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(tmp_path))
+    read = load(tmp_path, TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path))
     other = read.into(backbone)
     assert torch.equal(logits(other), logits(trained))
     assert not torch.equal(logits(other), logits(backbone))
@@ -190,7 +190,7 @@ def test_adapters_on_experts_come_back_bit_by_bit(head: str, targets: str, tmp_p
     backbone = experts(head)
     trained = adapted(backbone, targets=targets)
     assert any(".mlp." in name for name in trained_parameters(trained, "lora")) == (targets != "q_proj,v_proj")
-    read = load(tmp_path, TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(tmp_path))
+    read = load(tmp_path, TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path))
     before = weights(backbone)
     other = read.into(backbone)
     assert torch.equal(logits(other), logits(trained))
@@ -223,7 +223,7 @@ def test_adapters_on_experts_come_back_bit_by_bit(head: str, targets: str, tmp_p
 )
 def test_an_adapters_config_of_other_types(changed: dict[str, Json]) -> None:
     backbone = experts("MixtralForCausalLM")
-    found = TrainedWeights.of(adapted(backbone), backbone, tune="lora", keep="difference")
+    found = TrainedWeights.of(adapted(backbone), backbone, train_backbone="lora", keep="difference")
     config = json.loads(found.files[lora.CONFIG_FILE])
     files = {lora.CONFIG_FILE: json.dumps({**config, **changed}).encode()}
     with pytest.raises(PromptError, match=rf"do not fit MixtralForCausalLM: '{next(iter(changed))}(\..*)?' must be "):
@@ -232,7 +232,7 @@ def test_an_adapters_config_of_other_types(changed: dict[str, Json]) -> None:
 
 @pytest.mark.parametrize("keys", [["r"], ["target_modules"]])
 def test_an_adapters_config_that_lacks_something(causal: Backbone, keys: list[str]) -> None:
-    found = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference")
+    found = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference")
     config = json.loads(found.files[lora.CONFIG_FILE])
     for key in keys:
         del config[key]
@@ -242,7 +242,7 @@ def test_an_adapters_config_that_lacks_something(causal: Backbone, keys: list[st
 
 def test_a_config_of_adapters_from_before_there_were_patterns(causal: Backbone) -> None:
     """What an older peft does not write down is not missed."""
-    found = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference")
+    found = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference")
     config = json.loads(found.files[lora.CONFIG_FILE])
     kept = {name: config[name] for name in ("target_modules", "r", "lora_alpha", "fan_in_fan_out")}
     other = replace(found, files={lora.CONFIG_FILE: json.dumps(kept).encode()}).into(causal)
@@ -284,12 +284,13 @@ def test_adapters_built_of_what_is_not_kept(causal: Backbone, monkeypatch: pytes
 
 
 def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> None:
-    for tune, make in (("tuned", moved), ("lora", adapted)):
+    for train_backbone, make in (("full", moved), ("lora", adapted)):
         for name in ("one", "two"):
-            (tmp_path / f"{tune}-{name}").mkdir()
-            TrainedWeights.of(make(causal), causal, tune=tune, keep="difference").save(tmp_path / f"{tune}-{name}")  # type: ignore[arg-type]
+            (tmp_path / f"{train_backbone}-{name}").mkdir()
+            weights = TrainedWeights.of(make(causal), causal, train_backbone=train_backbone, keep="difference")  # type: ignore[arg-type]
+            weights.save(tmp_path / f"{train_backbone}-{name}")
         one, two = (
-            {file.name: file.read_bytes() for file in (tmp_path / f"{tune}-{name}").iterdir()}
+            {file.name: file.read_bytes() for file in (tmp_path / f"{train_backbone}-{name}").iterdir()}
             for name in ("one", "two")
         )
         assert one == two
@@ -304,7 +305,7 @@ def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> Non
     ],
 )
 def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
-    about = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="difference").save(tmp_path)
+    about = TrainedWeights.of(moved(causal), causal, train_backbone="full", keep="difference").save(tmp_path)
     file = tmp_path / DIFFERENCE_FILE
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(PromptError, match=message):
@@ -315,7 +316,7 @@ def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes
 
 
 def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
-    about = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference").save(tmp_path)
+    about = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference").save(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
     with pytest.raises(PromptError, match=r"adapter_config.json was changed since it was saved"):
@@ -323,14 +324,17 @@ def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_files_is_checked(causal: Backbone, tmp_path: Path) -> None:
-    about = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="difference").save(tmp_path)
+    about = TrainedWeights.of(moved(causal), causal, train_backbone="full", keep="difference").save(tmp_path)
     changes: list[tuple[dict[str, Json], str]] = [
-        ({"tune": "frozen"}, "'tune' must be one of head, tuned, lora, and is \"frozen\""),
+        ({"train_backbone": "none"}, "'train_backbone' must be one of head, full, lora, and is \"none\""),
         ({"keep": "some"}, "'keep' must be one of difference, whole"),
         ({"sha256": None}, "'sha256' must be a table"),
         ({"sha256": {}}, f"the sha256 of {DIFFERENCE_FILE} is missing"),
         ({"keep": "whole"}, "the sha256 of model.safetensors is missing"),
-        ({"tune": "lora", "sha256": {"adapter_model.safetensors": ""}}, "the sha256 of adapter_config.json is missing"),
+        (
+            {"train_backbone": "lora", "sha256": {"adapter_model.safetensors": ""}},
+            "the sha256 of adapter_config.json is missing",
+        ),
         ({"sha256": {DIFFERENCE_FILE: "", "../x": ""}}, "'../x' is not the name of a file"),
     ]
     for changed, message in changes:
@@ -339,7 +343,7 @@ def test_what_is_said_of_files_is_checked(causal: Backbone, tmp_path: Path) -> N
 
 
 def test_weights_that_do_not_fit(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
-    found = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="whole")
+    found = TrainedWeights.of(moved(causal), causal, train_backbone="full", keep="whole")
     name = list(found.tensors)[-1]
     rest = {key: value for key, value in found.tensors.items() if key != name}
     cases = [
@@ -353,7 +357,7 @@ def test_weights_that_do_not_fit(causal: Backbone, make_backbone: Callable[[str]
             replace(found, tensors=tensors).into(causal)
     with pytest.raises(PromptError, match="lack the key"):
         found.into(make_backbone("gpt2"))
-    lora = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference")
+    lora = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference")
     name = next(iter(lora.tensors))
     for tensors, message in (
         ({key: value for key, value in lora.tensors.items() if key != name}, f"lack the key '{name}'"),

@@ -69,7 +69,7 @@ def test_a_chat_is_learned_and_answers(chatty: Path) -> None:
     works("predict", "out", "--data", data, "--backbone", chatty, "--out", "answers.jsonl")
     written = [json.loads(line) for line in Path("answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(written) == 6
-    works("generate", "out", "--data", data, "--backbone", chatty, "--out", "texts.jsonl")
+    works("predict", "out", "--data", data, "--backbone", chatty, "--out", "texts.jsonl")
     texts = [json.loads(line) for line in Path("texts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [text["target"] for text in texts] == [f"yes, {at}" for at in range(6)]
 
@@ -83,7 +83,7 @@ def test_a_chat_is_learned_and_answers(chatty: Path) -> None:
         (
             [{"content": f"name#Kenya*n#{at}", "summary": "yes"} for at in range(6)],
             "[P*3] {content}\n[P:Summary:] [Y]",
-            "the form ChatGLM's texts (content, summary), 6 records; --chat makes conversations of them",
+            "the form ChatGLM's texts (content, summary), 6 records; chat makes conversations of them",
         ),
         (
             [{"instruction": f"say {at}", "input": "it", "output": "yes"} for at in range(6)],
@@ -105,38 +105,20 @@ def test_the_form_of_the_data_is_a_default_template(
     assert works("eval", "out", "--data", data, "--backbone", chatty, "--json")
 
 
-def test_an_input_that_some_rows_lack_is_said(chatty: Path) -> None:
-    data = write("some.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}])
-    fails("train", "--data", data, "--backbone", chatty, "--out", "out", says=["line 1 has no 'input'", "--chat"])
-
-
 def test_a_system_text_is_what_the_slots_start_at(chatty: Path) -> None:
     (chatty / "chat_template.jinja").write_text(SHAPES["llama-2"].jinja, encoding="utf-8")
     data = write("talks.jsonl", [{**row, "system": "the movie was good"} for row in TALKS])
     args = ("train", "--data", data, "--chat", "--backbone", chatty, *QUICK)
     works(*args, "--out", "out")
     assert "<<SYS>>\n[P:the movie was good]\n<</SYS>>" in template_of()
-    works(*args, "--system", "be kind", "--out", "other")
+    works(*args, "--set", "system=be kind", "--out", "other")
     assert "<<SYS>>\n[P:be kind]\n<</SYS>>" in template_of("other")
     several = write("several.jsonl", [{**row, "system": f"be {at}"} for at, row in enumerate(TALKS)])
     asked = ("train", "--data", several, "--chat", "--backbone", chatty, "--out", "third")
     fails(*asked, says=["6 different system texts, as 'be 0' (several.jsonl, line 1)", "--system TEXT"])
-    works(*asked, *QUICK, "--system", "be kind")
+    works(*asked, *QUICK, "--set", "system=be kind")
     own = "<s>[P] {system} [C] [[/INST] [Y]</s>"  # a template of one's own may read them
     works("train", "--data", several, "--template", own, "--backbone", chatty, *QUICK, "--out", "fourth")
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--chat", "--manual", "a [Y]"], ["--chat makes the template", "leave --manual out"]),
-        (["--system", "a", "--template", "[P] [C] [Y]"], ["--system goes with --chat"]),
-        (["--chat", "--system", " "], ["--system is empty"]),
-    ],
-)
-def test_options_that_do_not_go_together(args: list[str], says: list[str], chatty: Path) -> None:
-    data = write("talks.jsonl", TALKS)
-    fails("train", "--data", data, *args, "--backbone", chatty, "--out", "out", says=says)
 
 
 def test_what_cannot_be_learned_from(llama: str, chatty: Path) -> None:
@@ -154,7 +136,7 @@ def test_what_cannot_be_learned_from(llama: str, chatty: Path) -> None:
 
 def test_a_conversation_that_is_too_long_is_said(chatty: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write("talks.jsonl", TALKS)
-    works("train", "--data", data, "--chat", "--backbone", chatty, *QUICK, "--out", "out", "--max-length", "50")
+    works("train", "--data", data, "--chat", "--backbone", chatty, *QUICK, "--out", "out", "--set", "max_length=50")
     assert "answers of talks.jsonl (20% set aside, seed 0): the oldest turns are left out" in caplog.text
     assert "fields were cut" not in caplog.text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,28 +11,17 @@ import pytest
 from ptuning.backbone.sources import LoadOptions
 from ptuning.cli import inputs
 from ptuning.cli.options import AskedBackbone
-from ptuning.data.relations import read_relations
-from ptuning.data.task_files import TaskFile, find_split
+from ptuning.data.task_files import TaskFile
 from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
 from ptuning.prompt.asked import ToAnswer
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import require_fields
-from ptuning.report.results_file import read_results
 from ptuning.template.language import Template
-from ptuning.training.fleet_file import read_fleet
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def test_records_and_their_fields() -> None:
-    Path("facts.csv").write_text("name,answer\nKenya,Nairobi\n", encoding="utf-8")
-    assert inputs.records_of("facts.csv", ["x=name", "y=answer"]) == [{"x": "Kenya", "y": "Nairobi"}]
-    with pytest.raises(ConfigError, match="'x' is not --field NEW=NAME"):
-        inputs.records_of("facts.csv", ["x"])
 
 
 def test_a_manual_prompt_is_made_on_the_spot() -> None:
@@ -118,28 +106,6 @@ def test_lines_of_a_text_file_are_texts_whatever_they_look_like() -> None:
         inputs.data_to_answer(Prompt.manual("{a} {b} [Y]"), None, "mail.txt", None)
 
 
-def test_a_field_that_is_missing_is_named_with_its_line_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It used to say "no field 'message' in in memory, record 1, answer 1; its fields: msg"."""
-    prompt = Prompt.manual("{message} is [Y]")
-    for data, says in (
-        (b'{"message": "a"}\n{"msg": "x"}\n', "standard input, line 2: .*its fields: msg.*add --field message=msg"),
-        (
-            b'{"msg": "x", "y": "b"}\n',
-            "standard input, line 1: no text in the field 'message'.*add --field message=msg",
-        ),
-        (b"msg,team\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=msg"),
-        (b"a,b\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=NAME"),
-        (b'{"message": null}\n', "standard input, line 1: no text in the field 'message'; its fields: none"),
-    ):
-        with pytest.raises(RecordError, match=says):
-            given(monkeypatch, data, prompt, text="-")
-    found = given(monkeypatch, b"msg,team\nhello,billing\n", prompt, ["message=msg"], text="-")
-    assert found.questions.records == [{"message": "hello", "team": "billing"}]
-    Path("mail.csv").write_text("msg;team\na;b\n", encoding="utf-8")
-    with pytest.raises(RecordError, match=r"mail\.csv, line 2: no text in the field 'message'.*message=msg"):
-        require_fields(inputs.records_of("mail.csv", None), ["message"])
-
-
 def test_empty_texts_are_known_with_their_lines() -> None:
     Path("mail.csv").write_text("message,y\na,b\n ,b\n\n,b\n", encoding="utf-8")
     found = inputs.data_to_answer(Prompt.manual("{message} is [Y]"), None, "mail.csv", None)
@@ -174,22 +140,6 @@ def write_task() -> TaskFile:
     return found
 
 
-def test_data_of_a_task_is_a_file_a_folder_or_a_part_of_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert inputs.task_of(None) is None
-    task = write_task()
-    for source in ("d", "d:val", "d/val.jsonl"):
-        (row,) = inputs.data_of(source, None, task, part="val")
-        assert row.record == {"text": "c", "y": "bad"}  # type: ignore[union-attr]
-    assert inputs.dev_part("d", None) is inputs.dev_part("d/val.jsonl", task) is inputs.dev_part("d", task) is None
-    assert "d has no development part; a share of the training part is set aside" in capsys.readouterr().err
-    with pytest.raises(FileError, match=r"no 'test' part of the task moods in d"):
-        inputs.data_of("d:test", None, task, part="val")
-    with pytest.raises(FileError, match=r"no such data: e:val.*With the task moods, data is a file, a folder"):
-        inputs.data_of("e:val", None, task, part="val")
-    with pytest.raises(ConfigError, match="--field goes without a task"):
-        inputs.data_of("d", ["x=text"], task, part="val")
-
-
 def test_prompts_of_a_task() -> None:
     task = write_task()
     for source, template in (("manual:", 0), ("manual:2", 1), ("manual:{text} It was [Y].", 0)):
@@ -215,20 +165,6 @@ def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyP
     assert found.records == [{"text": "one"}, {"text": "two"}]
 
 
-def test_candidates() -> None:
-    Path("words.txt").write_text("\ufeffLima\n\nParis \nLima\n", encoding="utf-8")
-    Path("facts.csv").write_text("x,answer\na,no\nb,yes\nc,no\n", encoding="utf-8")
-    Path("empty.txt").write_text("\n", encoding="utf-8")
-    assert inputs.read_candidates("words.txt", "manual:[X] [Y]", None, None) == ["Lima", "Paris"]
-    assert inputs.read_candidates("facts.csv", "manual:[X] [Y]", None, ["y=answer", "z=missing"]) == ["no", "yes"]
-    known = {row["y"] for row in inputs.records_of("capitals:train", None)}
-    assert set(inputs.read_candidates("train", "manual:[X] [Y]", "capitals:test", None)) == known
-    with pytest.raises(FileError, match=r"empty\.txt holds no words"):
-        inputs.read_candidates("empty.txt", "manual:[X] [Y]", None, None)
-    with pytest.raises(ConfigError, match=r"--candidates train needs the prompt's run\.json, or shipped facts"):
-        inputs.read_candidates("train", "manual:[X] [Y]", "facts.csv", None)
-
-
 def test_a_closed_input_holds_no_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(RecordError, match="the standard input holds no records"):
@@ -242,30 +178,6 @@ def test_a_record_that_is_no_trainings_has_no_candidates(record: str) -> None:
     Path("run.json").write_text(record, encoding="utf-8")
     with pytest.raises(FileError, match=r"run\.json is not the record of a training: .*name a file instead"):
         inputs.read_candidates("train", ".", None, None)
-
-
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "/".join(["a" * 200] * 30)])
-def test_names_that_cannot_be_paths_are_names_of_nothing(name: str) -> None:
-    """Of files and folders: each reader says that there is no such thing."""
-    task = inputs.task_of("RTE")
-    assert task is not None
-    calls: list[Callable[[], object]] = [
-        lambda: inputs.task_of(name),
-        lambda: inputs.prompt_of(name),
-        lambda: inputs.data_of(name, None, task, part="train"),
-        lambda: inputs.data_of(f"{name}:val", None, task, part="train"),
-        lambda: inputs.records_of(f"{name}.csv", None),
-        lambda: inputs.read_candidates("train", name, None, None),
-        lambda: find_split(Path(name), task, "dev"),
-        lambda: find_split(Path(), task, name),
-        lambda: read_fleet(Path(name)),
-        lambda: read_results(name),
-        lambda: task.read(name),
-        lambda: read_relations(name),
-    ]
-    for read in calls:
-        with pytest.raises(PTuningError):
-            read()
 
 
 def test_a_manual_prompt_of_a_number_that_is_no_pattern() -> None:

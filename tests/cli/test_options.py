@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,19 +26,19 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_of_options_and_of_set() -> None:
     assert options.config_of(None) == TrainConfig()
-    found = options.config_of(["patience=2", "lr=0.01", "learn-to-stop=false", "start=vocabulary"], epochs=3, seed=7)
-    assert found == TrainConfig(patience=2, lr=0.01, learn_to_stop=False, start="vocabulary", epochs=3, seed=7)
+    found = options.config_of(["patience=2", "lr=0.01", "train-eos=false", "start=vocabulary"], epochs=3, seed=7)
+    assert found == TrainConfig(patience=2, lr=0.01, train_eos=False, start="vocabulary", epochs=3, seed=7)
     assert options.config_of(["epochs=3"], epochs=3) == options.config_of(["epochs=3"], epochs=TrainConfig().epochs)
 
 
 def test_values_to_vary_settings_by() -> None:
-    pairs = ["encoder=mlp,none", "learning_rate=0.1, 1", "learn-to-stop=false", "encoder=lstm"]
+    pairs = ["encoder=mlp,none", "learning_rate=0.1, 1", "train-eos=false", "encoder=lstm"]
     found = options.varied_by(pairs, TrainConfig())
-    assert found == {"encoder": ["mlp", "none", "lstm"], "lr": [0.1, 1], "learn_to_stop": [False]}
+    assert found == {"encoder": ["mlp", "none", "lstm"], "lr": [0.1, 1], "train_eos": [False]}
     for wrong, says in {
         "encoder": "'encoder' is not --vary NAME=VALUE,VALUE, such as encoder=mlp,none",
-        "encoder=gru": "it must be one of lstm, mlp, none",
-        "epochs=two": "setting 'epochs' is 'two'; it must be a whole number",
+        "encoder=gru": "'encoder' is 'gru'",
+        "epochs=two": "setting 'epochs' is 'two'",
         "epochs=" + "[" * 100_000: r"setting 'epochs' is '\[\[\[",
     }.items():
         with pytest.raises(ConfigError, match=says):
@@ -54,7 +53,7 @@ def test_other_libraries_words_for_settings(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().err
     assert said.splitlines()[0] == "learning_rate is called lr here"
     assert "weight_decay" not in said
-    assert set(SETTING_ALIASES.values()) <= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(SETTING_ALIASES.values()) <= set(TrainConfig.model_fields)
     with pytest.raises(ConfigError, match="'lr' is given twice by --set"):
         options.config_of(["lr=1", "learning_rate=2"])
     with pytest.raises(ConfigError, match="'epochs' is given twice: 3 by its option, and 4 by --set"):
@@ -69,7 +68,7 @@ def test_other_libraries_words_for_settings(capsys: pytest.CaptureFixture[str]) 
         (["epochs=4"], "'epochs' is given twice: 3 by its option, and 4 by --set"),
         (["patience"], "'patience' is not --set NAME=VALUE, such as patience=2"),
         (["patiance=2"], r"unknown setting 'patiance'\. Did you mean 'patience'\?"),
-        (["patience=two"], "setting 'patience' is 'two'; it must be a whole number"),
+        (["patience=two"], "setting 'patience' is 'two'"),
     ],
 )
 def test_settings_that_are_none(pairs: list[str], says: str) -> None:

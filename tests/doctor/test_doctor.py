@@ -259,7 +259,7 @@ def test_trained_weights_are_put_into_a_copy(causal: Backbone, tmp_path: Path) -
     tuned = causal.copy()
     with torch.no_grad():
         next(iter(tuned.model.parameters())).add_(0.01)
-    weights = TrainedWeights.of(tuned, causal, tune="tuned", keep="difference")
+    weights = TrainedWeights.of(tuned, causal, train_backbone="full", keep="difference")
     replace(learned(causal, WARM), weights=weights).save(tmp_path / "tuned")
     (read,) = read_prompts([str(tmp_path / "tuned")])
     before = causal.fingerprint

@@ -103,7 +103,12 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path, masked: Backbone) -> N
     cases = [
         (Prompt.manual("{x} is [Y]"), backbone, "lora", "has no slots"),
         (prompt, backbone, "lara", "not as 'lara'. Did you mean 'lora'"),
-        (replace(prompt, weights=TrainedWeights("tuned", "difference", "x", {})), backbone, "lora", "--tune frozen"),
+        (
+            replace(prompt, weights=TrainedWeights("full", "difference", "x", {})),
+            backbone,
+            "lora",
+            "--train-backbone none",
+        ),
         (learned(masked, ANYWHERE), masked, "lora", "of the kind masked; prompts of causal models"),
     ]
     for one, on, kind, says in cases:

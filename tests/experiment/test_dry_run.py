@@ -47,7 +47,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(causal: Backbone, tmp_path:
     out = tmp_path / "out"
     options: dict[str, Any] = {"methods": "p-tuning", "config": TrainConfig(epochs=1, batch_size=8)}
     run_compare(causal, out, **options)
-    options["config"] = replace(options["config"], encoder="none")
+    options["config"] = options["config"].adapted(encoder="none")
     before = sorted(out.rglob("*"))
     with pytest.raises(FileError, match=r"other settings.*encoder was lstm and is none"):
         run_compare(causal, out, **options, dry_run=True)

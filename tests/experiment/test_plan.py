@@ -77,7 +77,10 @@ def test_methods_stand_in_the_order_of_the_tables(causal: Backbone) -> None:
         ({"seeds": 0}, "seeds is 0; it must be 1 or more"),
         ({"tries": 0}, "tries is 0; it must be a whole number from 1 to 5"),
         ({"tries": 6}, "tries is 6; it must be a whole number from 1 to 5"),
-        ({"config": TrainConfig(tune="tuned")}, "tune is 'tuned', but in a comparison each method says what it trains"),
+        (
+            {"config": TrainConfig(train_backbone="full")},
+            "train_backbone is 'full', but in a comparison each method says what it trains",
+        ),
     ],
 )
 def test_what_is_refused_before_anything_runs(causal: Backbone, options: dict[str, Any], says: str) -> None:

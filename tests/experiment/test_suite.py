@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def test_a_setting_is_varied_as_further_methods(causal: Backbone, tmp_path: Path
         "p-tuning - manual", "p-tuning - p-tuning encoder=none", "p-tuning - p-tuning lr=0.1",
     ]  # fmt: skip
     assert found.settings["vary"] == {"encoder": ["lstm", "none"], "lr": [0.1]}
-    alone = run(causal, tmp_path / "alone", **options, config=replace(FAST, encoder="none"))
+    alone = run(causal, tmp_path / "alone", **options, config=FAST.adapted(encoder="none"))
     assert found.tasks["task"]["p-tuning encoder=none"] == alone.tasks["task"]["p-tuning"]
     cell = json.loads((tmp_path / "out/cells/task/p-tuning lr=0.1/seed-0/run.json").read_text(encoding="utf-8"))
     assert (cell["settings"]["lr"], cell["identity"]["lr"]) == (0.1, 0.1)
@@ -481,7 +480,7 @@ def test_a_checkpoint_that_cannot_be_written_changes_no_result(
     failing: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a disk that is full for a moment: prompts go on training together, to the same bytes."""
-    often = replace(FAST, checkpoint_seconds=0.0)
+    often = FAST.adapted(checkpoint_seconds=0.0)
     list(suite(causal, tmp_path / "whole", counts=(5, 12), config=often).run())
     written = itertools.count()
 
@@ -655,7 +654,7 @@ def test_each_seed_of_the_control_has_random_weights_of_its_own(
     run(causal, tmp_path / "both", methods=["looks@random-weights"], seeds=2)
     assert seen == {seed: causal.with_random_weights(seed=seed).fingerprint for seed in (0, 1)}
     both = dict(seen)
-    run(causal, tmp_path / "one", methods=["looks@random-weights"], config=replace(FAST, seed=1))
+    run(causal, tmp_path / "one", methods=["looks@random-weights"], config=FAST.adapted(seed=1))
     assert seen == both
 
 
@@ -674,6 +673,6 @@ def test_what_a_cell_was_started_with_is_known_until_it_is_done(
     METHODS.pop("slow")
     own_method("slow", lambda *_: Solution.of_ranking(lambda _: ["yes"]), trained=True)
     with pytest.raises(FileError, match="epochs was 2 and is 3"):
-        run(causal, tmp_path / "out", methods=["slow"], config=replace(FAST, epochs=3))
+        run(causal, tmp_path / "out", methods=["slow"], config=FAST.adapted(epochs=3))
     run(causal, tmp_path / "out", methods=["slow"])
     assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "run.json"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,7 @@ def test_settings_are_varied_as_in_other_comparisons(causal: Backbone, whole: Pa
     assert [name for name in found.differences if name.startswith("p-tuning - p-tuning ")] == [
         f"p-tuning - {name}" for name in varied
     ]
-    alone = run(causal, whole, tmp_path / "alone", **options, config=replace(FAST, encoder="none"))
+    alone = run(causal, whole, tmp_path / "alone", **options, config=FAST.adapted(encoder="none"))
     assert found.tasks["CB"]["p-tuning encoder=none"] == alone.tasks["CB"]["p-tuning"]
 
 
@@ -321,7 +320,7 @@ def test_tasks_by_name(few: Path, tmp_path: Path) -> None:
     [
         ({"few_shot": 1}, "few_shot is 1"),
         ({"pattern": 9}, "pattern is 9, and the task CB has 2"),
-        ({"config": TrainConfig(tune="tuned")}, "tune"),
+        ({"config": TrainConfig(train_backbone="full")}, "train_backbone"),
     ],
 )
 def test_settings_that_cannot_be(causal: Backbone, few: Path, tmp_path: Path, options: Any, says: str) -> None:

@@ -308,7 +308,7 @@ FLEET = {
 
 def fleet_files(draw: Draw) -> None:
     """The file of a fleet: text changed, or its values; lists of many values too."""
-    many = st.lists(st.sampled_from(("seed", "epochs", "lr", "patience", "starts")), max_size=5).map(
+    many = st.lists(st.sampled_from(("seed", "epochs", "lr", "patience", "num_restarts")), max_size=5).map(
         lambda keys: {
             **FLEET,
             "prompt": [{"name": "a", "data": "b.jsonl", **{key: list(range(1, 31)) for key in keys}}],
@@ -440,7 +440,7 @@ def reports(draw: Draw) -> None:
 
 
 RUN = {
-    "format_version": 1, "tune": "frozen", "settings": {"lr": 0.001}, "backbone": {"fingerprint": "0"},
+    "format_version": 1, "train_backbone": "none", "settings": {"lr": 0.001}, "backbone": {"fingerprint": "0"},
     "data": {"train": {"name": "a", "sha256": "0", "rows": 3}, "dev": {"name": "b", "sha256": "1", "rows": 2}},
     "start": {"dev_loss": 1.0, "dev_score": 0.5}, "chosen_epoch": 1, "choice_rule": "highest", "seconds": 1.0,
     "history": [{"epoch": 1, "train_loss": 1.0, "dev_loss": 1.0, "dev_score": 0.5}], "train_seconds": 0.5,

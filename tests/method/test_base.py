@@ -87,9 +87,9 @@ def test_the_methods_of_the_paper() -> None:
     assert [name for name, method in methods.items() if method.learns_slots] == [
         "p-tuning", "p-tuning+fine-tuning", "p-tuning+lora", *KINDS, "p-tuning+head", "p-tuning-v2+head",
     ]  # fmt: skip
-    assert {name: method.tune for name, method in methods.items() if method.trained} == {
-        "p-tuning": "frozen", "fine-tuning": "tuned", "manual+fine-tuning": "tuned", "p-tuning+fine-tuning": "tuned",
-        "manual+lora": "lora", "p-tuning+lora": "lora", **dict.fromkeys(KINDS, "frozen"),
+    assert {name: method.train_backbone for name, method in methods.items() if method.trained} == {
+        "p-tuning": "none", "fine-tuning": "full", "manual+fine-tuning": "full", "p-tuning+fine-tuning": "full",
+        "manual+lora": "lora", "p-tuning+lora": "lora", **dict.fromkeys(KINDS, "none"),
         "p-tuning+head": "head", "p-tuning-v2+head": "head",
     }  # fmt: skip
     assert list(KINDS) == ["prompt-tuning", "prefix-tuning", "p-tuning-v2", "context-tuning", "hybrid"]

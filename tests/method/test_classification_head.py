@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
@@ -127,7 +125,7 @@ def test_choices_are_scored_each_from_its_own_row(causal: Backbone) -> None:
 @pytest.mark.parametrize("file", [LABELS, CHOICES], ids=["labels", "choices"])
 def test_it_learns_and_leaves_the_backbone_alone(file: TaskFile, backbone: Backbone) -> None:
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
-    config = QUICK if backbone.kind == "causal" else replace(QUICK, epochs=40, patience=40)
+    config = QUICK if backbone.kind == "causal" else QUICK.adapted(epochs=40, patience=40)
     solution = methods["fine-tuning"].fit(task(file), Setup(backbone, config=config))
     answers = solution.answer(task(file).train)
     assert sum(answer.hit for answer in answers) / len(answers) > 0.7
@@ -138,8 +136,8 @@ def test_it_learns_and_leaves_the_backbone_alone(file: TaskFile, backbone: Backb
 
 def test_two_trainings_are_the_same_and_rows_without_labels_are_answered(causal: Backbone) -> None:
     one = task(LABELS)
-    setup = Setup(causal, config=replace(QUICK, epochs=2))
-    models = [HeadModel(one, setup, replace(QUICK, epochs=2, tune="tuned")) for _ in range(2)]
+    setup = Setup(causal, config=QUICK.adapted(epochs=2))
+    models = [HeadModel(one, setup, QUICK.adapted(epochs=2, train_backbone="full")) for _ in range(2)]
     answers = [model.answer(one.train) for model in models]
     assert answers[0] == answers[1]
     bare = LABELS.read_rows([{"text": row.record["text"]} for row in one.train], labelled=False)
@@ -185,7 +183,7 @@ def test_a_head_reads_the_layers_width_where_embeddings_are_narrower() -> None:
 def test_other_kinds_learn_all_they_are_shown(family: str) -> None:
     """Eight texts in a few steps, the backbone they started from left as it was."""
     before = {name: weight.clone() for name, weight in built(family).model.state_dict().items()}
-    model = HeadModel(task(LABELS), Setup(built(family)), replace(QUICK, epochs=40, patience=40, tune="tuned"))
+    model = HeadModel(task(LABELS), Setup(built(family)), QUICK.adapted(epochs=40, patience=40, train_backbone="full"))
     answers = model.answer(task(LABELS).train)
     assert [answer.hit for answer in answers] == [True] * len(answers)
     assert all(torch.equal(weight, before[name]) for name, weight in built(family).model.state_dict().items())

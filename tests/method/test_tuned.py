@@ -47,7 +47,7 @@ EACH = [(name, FAMILIES[at % len(FAMILIES)]) for at, name in enumerate(TRAINED)]
 QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
 # Training takes steps; each epoch ends with scoring and writing all weights, so what learns by heart sees its rows
 # several times in an epoch.
-LEARNS = replace(QUICK, epochs=3, backbone_lr=5e-3, patience=20)
+LEARNS = QUICK.adapted(epochs=3, backbone_lr=5e-3, patience=20)
 SEEN = TRAIN * 12
 
 
@@ -92,7 +92,9 @@ def test_tries_share_the_text_in_front_of_the_slots(causal: Backbone, monkeypatc
         return real(parts, group)
 
     monkeypatch.setattr(PrefixCache, "_run", watch)
-    solution = fit("p-tuning", causal, replace(QUICK, starts=2), tries=2, task=task(template="{x} and {x} [P] [Y]"))
+    solution = fit(
+        "p-tuning", causal, QUICK.adapted(num_restarts=2), tries=2, task=task(template="{x} and {x} [P] [Y]")
+    )
     assert len(ids) == len(set(ids)) == len({row["x"] for row in (*TRAIN, *DEV)})
     assert len(set(ran)) == 1
     assert not ran[0].tokens
@@ -112,14 +114,14 @@ def test_only_slots_have_several_starts(
         real(trainer, *args, **options)
 
     monkeypatch.setattr(Trainer, "fit", watch)
-    fit(method, causal, replace(QUICK, starts=2))
+    fit(method, causal, QUICK.adapted(num_restarts=2))
     assert len(set(began)) == len(began) == starts
 
 
 @pytest.mark.parametrize(("method", "family"), [*((name, "gpt2") for name in TUNING), *EACH[1:4]])
 def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     plain = share(answer_records(PromptModel(backbone), Prompt.manual(MANUAL), Records(TRAIN), single_token=True))
-    slow = replace(LEARNS, epochs=6)  # tiny masked models take their time
+    slow = LEARNS.adapted(epochs=6)  # tiny masked models take their time
     solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(SEEN, TRAIN))
     history: Any = solution.record["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
@@ -135,7 +137,7 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
 @pytest.mark.parametrize("method", KINDS)
 def test_what_answers_is_what_scored_best_on_the_development_part(method: str, causal: Backbone) -> None:
     """Steps so large that the last epoch is not the best one."""
-    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02, lora_lr=0.2)
+    config = QUICK.adapted(epochs=5, lr=0.05, backbone_lr=0.02, lora_lr=0.2)
     solution = fit(method, causal, config)
     record: Any = solution.record
     scores = [epoch["dev_score"] for epoch in record["history"]]
@@ -151,7 +153,7 @@ def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -
     """Development targets that training speaks against."""
     plain = answer_records(PromptModel(causal), Prompt.manual(MANUAL), Records(DEV), single_token=True)
     dev = [{"x": row["x"], "y": answer.text} for row, answer in zip(DEV, plain, strict=True)]
-    solution = fit("manual+fine-tuning", causal, replace(QUICK, backbone_lr=0.01), task=task(dev=dev))
+    solution = fit("manual+fine-tuning", causal, QUICK.adapted(backbone_lr=0.01), task=task(dev=dev))
     assert (solution.record["chosen_epoch"], share(plain)) == (0, 0.0)
     assert solution.answer(as_questions(DEV)) == plain
 
@@ -165,7 +167,7 @@ def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: s
     assert [one["settings"] for one in record["tried"]] == [{setting: base * factor} for factor in TRIED_FACTORS[:3]]
     best = max(record["tried"], key=lambda one: (one["dev_score"], -one["dev_loss"]))
     assert record["chosen"] == best
-    alone = fit(method, causal, replace(config, **best["settings"]), task=task(TRAIN, TRAIN))
+    alone = fit(method, causal, config.adapted(**best["settings"]), task=task(TRAIN, TRAIN))
     assert several.answer(as_questions(DEV)) == alone.answer(as_questions(DEV))
     assert several.record["history"][-1]["dev_loss"] == alone.record["history"][-1]["dev_loss"]  # type: ignore[index,call-overload]
 
@@ -207,7 +209,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
 
 @pytest.mark.parametrize(("method", "family"), [*zip(LORA * 2, FAMILIES, strict=True)])
 def test_adapters_learn_the_training_facts(method: str, backbone: Backbone) -> None:
-    config = replace(LEARNS, lora_lr=0.02)
+    config = LEARNS.adapted(lora_lr=0.02)
     solution = fit(method, backbone, config, task=task(SEEN, TRAIN))
     history: Any = solution.record["history"]
     start: Any = solution.record["start"]

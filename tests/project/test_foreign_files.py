@@ -177,10 +177,10 @@ def test_all_that_we_write_is_known_to_be_ours(causal: Backbone, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("tune", ["lora", "tuned"])
-def test_trained_weights_are_known_to_be_ours(causal: Backbone, tmp_path: Path, tune: Any) -> None:
+@pytest.mark.parametrize("train_backbone", ["lora", "full"])
+def test_trained_weights_are_known_to_be_ours(causal: Backbone, tmp_path: Path, train_backbone: Any) -> None:
     """While they are trained and when they are saved; by the prompt's manifest, since their files do not say it."""
-    config = TrainConfig(epochs=2, batch_size=2, encoder="none", tune=tune, checkpoint_seconds=0.0)
+    config = TrainConfig(epochs=2, batch_size=2, encoder="none", train_backbone=train_backbone, checkpoint_seconds=0.0)
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
         train(

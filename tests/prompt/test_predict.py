@@ -20,7 +20,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.backbone.lora import add_adapters
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
-from ptuning.config import Tune
+from ptuning.config import TrainBackbone
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
 from ptuning.engine.passes import target_logits
@@ -662,19 +662,21 @@ def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: py
     assert len(calls) <= 4
 
 
-def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", scale: float = 0.1) -> Prompt:
+def with_weights(
+    backbone: Backbone, prompt: Prompt, *, train_backbone: TrainBackbone = "lora", scale: float = 0.1
+) -> Prompt:
     """Return a prompt with trained weights of its own."""
-    other = backbone.copy(share=tune == "lora")
-    if tune == "lora":
+    other = backbone.copy(share=train_backbone == "lora")
+    if train_backbone == "lora":
         add_adapters(other.model, rank=2, alpha=4.0, targets="all-linear", seed=0)
     with torch.no_grad():
-        for weight in trained_parameters(other, tune).values():
+        for weight in trained_parameters(other, train_backbone).values():
             weight.add_(scale)
     other.freeze()
     return replace(
         prompt,
         backbone=prompt.backbone or BackboneId.of(backbone),
-        weights=TrainedWeights.of(other, backbone, tune=tune, keep="difference"),
+        weights=TrainedWeights.of(other, backbone, train_backbone=train_backbone, keep="difference"),
     )
 
 
@@ -688,7 +690,7 @@ def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbo
         plain,
         with_weights(backbone, plain),
         with_weights(backbone, plain, scale=0.2),
-        with_weights(backbone, plain, tune="tuned"),
+        with_weights(backbone, plain, train_backbone="full"),
         with_weights(backbone, Prompt.manual("[X] is [Y]")),
         Prompt.manual("[X] is [Y]"),
     ]

@@ -63,7 +63,7 @@ def test_another_backbone(causal: Backbone, tmp_path: Path) -> None:
 
 def test_a_tuned_copy_of_the_backbone(causal: Backbone, tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
     """Invariant *Saved is what was trained*: the same embeddings over another body are another backbone, too."""
-    folder = shutil.copytree(model_folder("llama"), tmp_path / "tuned")
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "full")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -150,7 +150,7 @@ def with_weights(backbone: Backbone, template: str = "[P:is] [X] [P] [Y]", *, fa
             if factor > 1.1 or weight.ndim == 1:
                 weight.mul_(factor)
     prompt = learned(backbone, template)
-    return replace(prompt, weights=TrainedWeights.of(trained, backbone, tune="tuned", keep="whole"))
+    return replace(prompt, weights=TrainedWeights.of(trained, backbone, train_backbone="full", keep="whole"))
 
 
 def test_an_unadapted_backbone_is_refused(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
@@ -202,7 +202,7 @@ def test_a_prompt_with_weights_comes_back_whole_or_not_at_all(causal: Backbone, 
     assert set(manifest["weights"]["sha256"]) == {path.name for path in (tmp_path / "p" / "backbone").iterdir()}
     loaded = Prompt.load(tmp_path / "p")
     assert loaded.weights is not None
-    assert loaded.weights.tune == "tuned"
+    assert loaded.weights.train_backbone == "full"
     file = tmp_path / "p" / "backbone" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(PromptError, match="is cut off or damaged"):

@@ -464,7 +464,7 @@ def test_readers_meet_a_whole_prompt_while_others_save(saved: Path, causal: Back
 @pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
 def test_devices_pipes_and_holes_are_not_read(causal: Backbone, tmp_path: Path, name: str, kind: str) -> None:
     """They would fill the memory, or never end."""
-    config = TrainConfig(epochs=1, tune="lora", encoder="none")
+    config = TrainConfig(epochs=1, train_backbone="lora", encoder="none")
     train(TEMPLATE, [{"x": "a", "y": "yes"}], dev=[{"x": "b", "y": "no"}], backbone=causal, out=tmp_path, config=config)
     path = tmp_path / "prompt" / name
     path.unlink()

@@ -425,9 +425,9 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
 
 def test_weights_of_its_own_are_refused_with_what_to_do(tmp_path: Path) -> None:
     """They are not even read."""
-    change(save(tmp_path / "tuned"), format_version=2, weights={"kind": "lora", "sha256": {"a.safetensors": "0"}})
+    change(save(tmp_path / "full"), format_version=2, weights={"kind": "lora", "sha256": {"a.safetensors": "0"}})
     with pytest.raises(PromptError, match="one model in memory serves all prompts; train its slots alone"):
-        registry_of(tmp_path).load("x", "tuned")
+        registry_of(tmp_path).load("x", "full")
 
 
 def test_a_prompt_that_does_not_fit_the_model_is_refused(causal: Backbone, tmp_path: Path) -> None:

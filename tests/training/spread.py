@@ -68,6 +68,6 @@ def spread(folder: Path, out: Path) -> None:
         assert len(sizes) == trained.state.step, "one all-reduce in each step"
         found[case] = learned_of(trained)
         found[f"{case}, sent"] = torch.tensor(sizes)
-    found["tuned"] = learned_of(fit_spread(backbone, "lstm", tune="tuned"))
+    found["full"] = learned_of(fit_spread(backbone, "lstm", train_backbone="full"))
     safetensors.torch.save_file(found, out / f"{DataRanks.of(backbone).rank}.safetensors")
     torch.distributed.destroy_process_group()

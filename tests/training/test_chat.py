@@ -67,7 +67,7 @@ def test_deep_slots_and_a_conversation_in_one_template(glm: Backbone, place: str
     deep = "[D*3]" + words.replace("[P:so good]", "so good")
     if place == "as the system text":
         deep = words.replace("[P:so good]", "[D:so good]")
-    config = TrainConfig(epochs=4, batch_size=4, lr=0.05, deep_lr=0.05, encoder="none", column_dropout=0.0)
+    config = TrainConfig(epochs=4, batch_size=4, deep_lr=0.05)
     found = train(deep, talks(), backbone=glm, config=config)
     plain = train(words, talks(), backbone=glm, config=TrainConfig(epochs=1, encoder="none"))
     losses = [float(one["dev_loss"]) for one in [found.record["start"], *found.record["history"]]]  # type: ignore[misc]

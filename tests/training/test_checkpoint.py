@@ -15,7 +15,7 @@ from tests.backbone.test_trained_weights import weights
 
 
 def test_what_was_kept_is_put_back(backbone: Backbone, tmp_path: Path) -> None:
-    own = trained_parameters(backbone, "tuned")
+    own = trained_parameters(backbone, "full")
     before = weights(backbone)
     kept = KeptWeights(tmp_path)
     for epoch in (0, 1):
@@ -38,14 +38,14 @@ def test_without_a_folder_nothing_is_left_behind(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     kept = KeptWeights()
-    kept.keep(trained_parameters(causal, "tuned"), epoch=0)
+    kept.keep(trained_parameters(causal, "full"), epoch=0)
     assert len(list(tmp_path.iterdir())) == 1
     kept.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_kept_weights_of_another_backbone(causal: Backbone, tmp_path: Path) -> None:
-    own = trained_parameters(causal, "tuned")
+    own = trained_parameters(causal, "full")
     kept = KeptWeights(tmp_path)
     write_tensors(tmp_path / "best-0.safetensors", {"x": torch.zeros(2)})
     with pytest.raises(PromptError, match="holds the weights of another backbone"):

@@ -51,7 +51,7 @@ def test_seconds_add_up(causal: Backbone) -> None:
     assert found.dev == 1.0
     assert found.answers == 2.0  # scored once more, and written
     assert found.total == pytest.approx(2 * found.epoch + 3 * 1.0 + found.saving + 2.0)
-    several = estimated(causal, starts=3).seconds
+    several = estimated(causal, num_restarts=3).seconds
     assert several.total == pytest.approx(3 * (2 * several.epoch + 3.0 + several.saving) + 2.0)
 
 
@@ -61,7 +61,7 @@ def test_bytes_add_up(causal: Backbone) -> None:
     assert replace(found, before=2 * found.training).peak == 2 * found.training
     assert found.weights == pytest.approx(4 * causal.parameters, rel=0.01)  # and what it keeps besides weights
     assert (found.constant_part, found.on_disk, found.other_starts) == (0, 0, 0)
-    assert estimated(causal, starts=2).memory.other_starts > 0
+    assert estimated(causal, num_restarts=2).memory.other_starts > 0
 
 
 def test_the_kv_cache_is_counted_for_all_rows(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_it_is_public_and_its_numbers_are_json(causal: Backbone) -> None:
     assert values["longest_pass"] == {"rows": 2, "tokens": found.longest_pass[1]}
     assert values["memory_bytes"]["peak"] == found.memory.peak
     assert values["seconds"]["total"] == found.seconds.total > 0
-    assert (values["train_records"], values["dev_records"], values["tune"]) == (5, 5, "frozen")
+    assert (values["train_records"], values["dev_records"], values["train_backbone"]) == (5, 5, "none")
 
 
 def test_arguments_are_checked_as_training_checks_them(causal: Backbone) -> None:
@@ -121,18 +121,18 @@ def test_arguments_are_checked_as_training_checks_them(causal: Backbone) -> None
 
 
 def test_a_tuned_backbone_takes_a_copy_gradients_and_moments(causal: Backbone) -> None:
-    frozen, tuned = estimated(causal).memory, estimated(causal, tune="tuned").memory
+    frozen, tuned = estimated(causal).memory, estimated(causal, train_backbone="full").memory
     size = 4 * causal.parameters
     assert tuned.trained - frozen.trained == size
     assert tuned.gradients - frozen.gradients == size
     assert tuned.optimizer - frozen.optimizer == 2 * size
 
 
-@pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
+@pytest.mark.parametrize("train_backbone", ["none", "full", "lora"])
 def test_nothing_is_learned_and_nothing_is_left(
-    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_backbone: str
 ) -> None:
-    if tune == "lora":
+    if train_backbone == "lora":
         pytest.importorskip("peft")
     made = []
     real = TrainingRun.trainer
@@ -146,7 +146,7 @@ def test_nothing_is_learned_and_nothing_is_left(
     monkeypatch.setattr(TrainingRun, "trainer", watch)
     monkeypatch.chdir(tmp_path)
     state = torch.random.get_rng_state()
-    estimated(causal, tune=tune)
+    estimated(causal, train_backbone=train_backbone)
     ((learner, vectors, weights),) = made
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(learner.vectors(), vectors)

@@ -108,19 +108,6 @@ def test_values_that_can_be_no_folder_are_numbered(tmp_path: Path) -> None:
     assert names == ["a-template=1-lr=0.001", "a-template=1-lr=0.002", "a-template=2-lr=0.001", "a-template=2-lr=0.002"]
 
 
-def test_labels_that_count_as_others_and_a_strict_check(tmp_path: Path) -> None:
-    text = "[all]\ndata = 'rows'\ntemplate = '[P] [X] [Y]'\nstrict = true\nmerge = {{biling = {}}}\n"
-    own = "[[prompt]]\nname = 'one'\n[[prompt]]\nname = 'two'\nmerge = ['case', 'a=b']\nstrict = false\n"
-    found = read_fleet(written(tmp_path, text.format("'billing'") + own)).entries
-    assert [(one.name, one.inputs["merge"], one.inputs["strict"]) for one in found] == [
-        ("one", {"biling": "billing"}, True), ("two-merge=case", "case", False), ("two-merge=2", "a=b", False),
-    ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"'merge.biling' must be text .*, and is 3"):
-        read_fleet(written(tmp_path, text.format(3) + own))
-    with pytest.raises(ConfigError, match=r"'merge' must be text such as .*biling=billing.* or a table, and is 3"):
-        read_fleet(written(tmp_path, "[all]\nmerge = 3\ndata = 'rows'\n" + own[:24]))
-
-
 PROMPT = '[[prompt]]\nname = "a"\ndata = "d"\n'
 
 
@@ -159,7 +146,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_lists_whose_product_is_too_large_are_refused_before_it_is_made(tmp_path: Path) -> None:
     """Six lists of 30 values are 729 million prompts."""
     values = ", ".join(map(str, range(1, 31)))
-    keys = ("epochs", "seed", "batch_size", "patience", "starts", "accumulation_steps")
+    keys = ("epochs", "seed", "batch_size", "patience", "num_restarts", "accumulation_steps")
     lists = "\n".join(f"{key} = [{values}]" for key in keys)
     with pytest.raises(ConfigError, match=r"prompt 'a': its lists make 729,000,000 prompts.*has 10,000 at most"):
         read_fleet(written(tmp_path, f'[[prompt]]\nname = "a"\ndata = "d.jsonl"\n{lists}\n'))

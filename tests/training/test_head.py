@@ -33,13 +33,15 @@ LABELS = ("good", "zq#zq")
 ROWS: list[Record] = [
     {"x": f"{text} {('yes', 'no')[at % 2]}", "y": LABELS[at % 2]} for at, text in enumerate(TEXTS * 4)
 ]
-HEAD_RUN = TrainConfig(epochs=6, batch_size=4, lr=0.01, deep_lr=0.02, head_lr=0.05, patience=9, tune="head")
+HEAD_RUN = TrainConfig(
+    epochs=6, batch_size=4, lr=0.01, deep_lr=0.02, head_lr=0.05, patience=9, train_backbone="head"
+).as_defaults()
 
 
 def trained(
     backbone: Backbone, template: str = "[P:so] [X] [Y]", out: Path | None = None, **more: object
 ) -> TrainResult:
-    config = TrainConfig.from_json({**HEAD_RUN.to_json(), **more})
+    config = HEAD_RUN.adapted(**more)
     return train(template, ROWS, dev=ROWS, labels=list(LABELS), backbone=backbone, config=config, out=out)
 
 
@@ -47,7 +49,7 @@ def test_it_learns_is_saved_and_answers_as_it_was_scored(backbone: Backbone, tmp
     """Labels need no words, the backbone stays as it is, and what is loaded answers as what was trained."""
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     result = trained(backbone, out=tmp_path / "run")
-    assert (result.record["tune"], result.record["method"]) == ("head", "p-tuning+head")
+    assert (result.record["train_backbone"], result.record["method"]) == ("head", "p-tuning+head")
     assert result.prompt.scores["accuracy"] > 0.7
     assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
     loaded = Prompt.load(tmp_path / "run")
@@ -88,7 +90,9 @@ def test_logits_are_a_linear_layer_on_the_hidden_state_in_front_of_the_target(ca
 
 
 def test_without_the_head_the_words_answer(causal: Backbone) -> None:
-    result = train("[P:so] [X] [Y]", ROWS, labels="good;bad", merge=["zq#zq=bad"], backbone=causal, config=HEAD_RUN)
+    result = train(
+        "[P:so] [X] [Y]", ROWS, labels="good;bad", alias_label=["zq#zq=bad"], backbone=causal, config=HEAD_RUN
+    )
     words = result.prompt.without("backbone")
     assert not words.answer_space.head
     assert {one.text for one in PromptModel(causal).predict(ROWS, words)} <= {"good", "bad"}
@@ -114,7 +118,7 @@ def test_stopped_it_goes_on_where_it_was(causal: Backbone, tmp_path: Path) -> No
 
 
 def test_what_a_head_cannot_do_is_refused(causal: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a classification head \(tune head\) chooses among labels"):
+    with pytest.raises(ConfigError, match=r"a classification head \(train_backbone head\) chooses among labels"):
         train("[P:so] [X] [Y]", ROWS, backbone=causal, config=HEAD_RUN)
     with pytest.raises(ConfigError, match="calibration is for words of labels"):
         train("[P:so] [X] [Y]", ROWS, labels="auto", calibrate=True, backbone=causal, config=HEAD_RUN)
@@ -133,7 +137,7 @@ def test_what_a_head_cannot_do_is_refused(causal: Backbone, tmp_path: Path) -> N
 def test_p_tuning_v2_with_its_head_is_compared(causal: Backbone, tmp_path: Path) -> None:
     """Beside label words; a cell of a task without labels says why it failed."""
     options = {"test": ROWS, "dev": ROWS, "backbone": causal, "manual": "[X] so [Y]"}
-    config = TrainConfig(epochs=3, batch_size=4, deep_lr=0.02, head_lr=0.05)
+    config = TrainConfig(epochs=3, batch_size=4, deep_lr=0.02, head_lr=0.05).as_defaults()
     names = "p-tuning-v2,p-tuning-v2+head,p-tuning+head"
     found = compare(ROWS, labels="good;bad", merge=["zq#zq=bad"], methods=names, config=config, out=tmp_path, **options)  # type: ignore[arg-type]
     assert not found.failed

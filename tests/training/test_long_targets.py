@@ -9,14 +9,13 @@ import pytest
 
 import ptuning.training.run
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import RECIPE, TEXT_SETTINGS, TrainConfig
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.errors import PTuningError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.written import score_written
 from ptuning.records import Record, Records, as_records
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.training import prepare
-from ptuning.training.identity import identity
 from tests.conftest import items_of
 from tests.training.test_run import FACTS, TEMPLATE, run
 
@@ -34,7 +33,7 @@ def every(record: Any, name: str) -> list[float]:
 
 def test_an_epoch_is_chosen_by_a_metric_of_what_is_written(causal: Backbone, tmp_path: Path) -> None:
     """The record has the metric of the start and of every epoch, and it is that of the chosen prompt's own texts."""
-    settings = {"epochs": 3, "lr": 0.05, "choose_by": "chrf"}
+    settings = {"epochs": 3, "lr": 0.05, "metric_for_best_model": "chrf"}
     result = run(causal, tmp_path / "out", TEXTS, settings=settings, dev=DEV)
     record = result.record
     values = every(record, "dev_chrf")
@@ -43,7 +42,7 @@ def test_an_epoch_is_chosen_by_a_metric_of_what_is_written(causal: Backbone, tmp
     assert str(record["choice_rule"]).startswith("highest dev chrf; of equal ones the lowest dev loss; of equal ones")
     found = score_written(PromptModel(causal), as_records(DEV), result.prompt, ["chrf"])
     assert found.scores["chrf"].value == pytest.approx(max(values), abs=1e-6)
-    by_loss = run(causal, None, TEXTS, settings={**settings, "choose_by": "loss"}, dev=DEV).record
+    by_loss = run(causal, None, TEXTS, settings={**settings, "metric_for_best_model": "loss"}, dev=DEV).record
     losses = every(by_loss, "dev_loss")
     assert by_loss["chosen_epoch"] == losses.index(min(losses))
     assert str(by_loss["choice_rule"]).startswith("lowest dev loss")
@@ -59,7 +58,7 @@ def test_at_most_64_development_records_are_written_for_and_they_are_drawn(causa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ptuning.training.run, "judging", judging)
-        run(causal, None, TEXTS[:3], settings={"epochs": 1, "choose_by": "exact"}, dev=rows)
+        run(causal, None, TEXTS[:3], settings={"epochs": 1, "metric_for_best_model": "exact"}, dev=rows)
     (longest,) = {max(len(one) for one in causal.tokenizer.encode([f" {row['y']}" for row in TEXTS]))}
     assert seen == [64, longest + 2]
 
@@ -67,7 +66,11 @@ def test_at_most_64_development_records_are_written_for_and_they_are_drawn(causa
 @pytest.mark.parametrize(
     ("name", "labels", "says"),
     [
-        ("blue", None, r"choose_by is 'blue', which is no metric. Did you mean 'bleu'\? Known: score, loss, bleu"),
+        (
+            "blue",
+            None,
+            r"metric_for_best_model is 'blue', which is no metric. Did you mean 'bleu'\? Known: score, loss, bleu",
+        ),
         ("bleu", {"a": ["yes"], "b": ["no"]}, "a metric for texts that are written, and the answers are 2 labels"),
         ("coverage", None, "no field holds them; fields: x"),
     ],
@@ -75,7 +78,7 @@ def test_at_most_64_development_records_are_written_for_and_they_are_drawn(causa
 def test_what_cannot_choose_is_refused(causal: Backbone, name: str, labels: Any, says: str) -> None:
     rows: list[Record] = FACTS if labels is None else [{"x": f"city {at}", "y": "ab"[at % 2]} for at in range(9)]
     with pytest.raises(PTuningError, match=says):
-        run(causal, None, rows, settings={"choose_by": name}, labels=labels)
+        run(causal, None, rows, settings={"metric_for_best_model": name}, labels=labels)
 
 
 def test_long_targets_are_cut_where_they_are_learned_and_nowhere_else(
@@ -107,12 +110,3 @@ def test_without_a_setting_one_target_in_a_hundred_may_be_cut(
     assert "1 of 200 targets of rows are longer than 2 tokens (99 in 100 have no more" in caplog.text
     monkeypatch.setattr(prepare, "FEWEST_TARGET_TOKENS", 64)
     assert prepare._with_cut_targets(items, "rows", TrainConfig()) == items  # short ones are never cut
-
-
-def test_settings_that_came_later_leave_older_runs_what_they_were() -> None:
-    """A run that was made before can be resumed: only another value than the default is part of what a run is."""
-    settings = TrainConfig().to_json()
-    older = {name: value for name, value in settings.items() if name not in TEXT_SETTINGS}
-    now, then = (identity(one, {}, fingerprint="a", recipe=4) for one in (settings, older))
-    assert now == then
-    assert identity({**settings, "choose_by": "loss"}, {}, fingerprint="a", recipe=4) != then

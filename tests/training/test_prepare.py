@@ -39,7 +39,7 @@ def test_with_labels_slots_stand_behind_the_text_and_the_other_place_is_counted(
     more = len(bound(causal, "[P*3] {text} [P:It was a] [Y]").contexts(TEXTS[:1])[0].token_ids)
     assert found.told.startswith(f"slots stand behind the text: it is read once, and each training pass reads {fewer} ")
     assert f"it would read {more}, {more / fewer:.1f} times as many (counted on 3 records)" in found.told
-    assert found.told.endswith(f"--template '{BOTH}'")
+    assert found.told.endswith(f"template '{BOTH}'")
 
 
 def test_without_labels_only_long_fields_do_that(causal: Backbone) -> None:
@@ -57,7 +57,7 @@ def test_slots_stay_in_front_where_nothing_is_kept(masked: Backbone, causal: Bac
     """A masked model reads its text anew in any case, and so does one whose weights change."""
     for backbone, config in (
         (masked, TrainConfig()),
-        (causal, TrainConfig(tune="lora")),
+        (causal, TrainConfig(train_backbone="lora")),
         (causal, TrainConfig(cache_memory=0.0)),
     ):
         assert place(backbone, config=config) == Placement(place(backbone, closed=False, records=FACTS).template)
@@ -69,7 +69,7 @@ def test_what_can_not_stand_behind_says_what_that_costs(causal: Backbone) -> Non
     assert re.search(r"all of it, \d\d tokens a record; of words between the last field and \[Y\]", found.told)
     found = place(causal, about="mood")
     assert str(found.template) == "[P:The mood:] {text} [P:It was a] [Y] [P:film]"
-    assert re.search(r"without --about it would read \d, and now reads [\d.]+ times as many", found.told)
+    assert re.search(r"without 'about' it would read \d, and now reads [\d.]+ times as many", found.told)
 
 
 def test_the_cost_is_counted_without_a_word_about_what_a_causal_model_does_not_see(
@@ -96,7 +96,7 @@ def test_examples_as_deep_slots_are_the_examples_in_context(name: str, request: 
         "[D:examples] [P:The capital of] [X] [P:is] [Y]",
         CAPITALS,
         dev=[{"x": "Zürich", "y": "yes"}, {"x": "Kenya and Peru", "y": "no"}],
-        config=TrainConfig(examples=3, learn_to_stop=False),
+        config=TrainConfig(examples=3, train_eos=False),
     )
     prepared = prepare(spec, backbone)
     drawn = prepared.items["train"]
@@ -126,11 +126,9 @@ def test_too_few_or_too_long_examples(causal: Backbone) -> None:
         config = TrainConfig(examples=examples).with_settings(settings)
         prepare(TrainSpec("[D:examples] so [X] is [Y]", CAPITALS, dev=CAPITALS, config=config), causal)
 
-    with pytest.raises(
-        ConfigError, match=r"shows 9 examples, and .* has 4 records to learn from; .* \(--set examples=4\)"
-    ):
+    with pytest.raises(ConfigError, match=r"shows 9 examples, and .* has 4 records to learn from; .* \(examples=4\)"):
         ask(9)
-    with pytest.raises(ConfigError, match=r"the 4 examples .* take \d+ tokens, .* take fewer \(--set examples=1\)"):
+    with pytest.raises(ConfigError, match=r"the 4 examples .* take \d+ tokens, .* take fewer \(examples=1\)"):
         ask(4, max_length=20)
     ask(1, max_length=20)
 

@@ -75,7 +75,7 @@ def run(
     backbone: Backbone, out: Path | None = None, data: list[Record] | Questions | None = None, **options: Any
 ) -> TrainResult:
     """Train with fast settings."""
-    config = TrainConfig.from_json({**FAST, **options.pop("settings", {})})
+    config = TrainConfig.from_json({**FAST, **options.pop("settings", {})}).as_defaults()
     return train(options.pop("template", TEMPLATE), data or FACTS, backbone=backbone, config=config, out=out, **options)
 
 
@@ -110,7 +110,7 @@ def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
     assert record == json.loads(json.dumps(result.record))
     assert [part["rows"] for part in (record["data"]["train"], record["data"]["dev"])] == [9, 2]
     assert record["data"]["test"] is None
-    assert (record["tune"], record["slots"], record["stopped_early"]) == ("frozen", 3, False)
+    assert (record["train_backbone"], record["slots"], record["stopped_early"]) == ("none", 3, False)
     assert len(record["history"]) == 2
     assert record["backbone"]["fingerprint"] == backbone.fingerprint
     assert record["trainable_parameters"] > 0
@@ -151,7 +151,7 @@ def test_the_record_s_scores_are_those_of_a_separate_call(
             real(self, found, judged, epoch=epoch)
 
     monkeypatch.setattr(Trainer, "_consider", consider)
-    result = run(causal, dev=FACTS[:4], settings={"learn_to_stop": False})
+    result = run(causal, dev=FACTS[:4], settings={"train_eos": False})
     assert result.record["chosen_epoch"] == chosen
     found = score_prompt(PromptModel(causal), as_records(FACTS[:4]), result.prompt)
     assert found.scores["exact_match"].value == result.prompt.scores["exact_match"]
@@ -336,7 +336,8 @@ def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("start", None), ("start", {}), ("history", {}), ("history", [[]]), ("history", [{"epoch": "x"}]), ("tune", 7),
+        ("start", None), ("start", {}), ("history", {}), ("history", [[]]), ("history", [{"epoch": "x"}]),
+        ("train_backbone", 7),
         ("chosen_epoch", None), ("train_seconds", "long"), ("seconds", 10**400), ("frozen_parameters", -1),
         ("tokens_per_second", "fast"), ("choice_rule", []), ("trainable_parameters", 1.5),
     ],
@@ -372,7 +373,7 @@ def test_a_run_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: Pa
     run(causal, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(BackboneError, match="nonsense"):
-        run(causal, out, overwrite=True, settings={"tune": "lora", "lora_targets": "nonsense"})
+        run(causal, out, overwrite=True, settings={"train_backbone": "lora", "lora_targets": "nonsense"})
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -401,10 +402,12 @@ def test_a_learning_rate_that_overflows_is_an_error_of_training(lr: float, causa
 
 def test_slots_that_nothing_sees_are_refused(causal: Backbone, tmp_path: Path) -> None:
     """A causal model reads nothing behind [Y]: that used to be a traceback, or a prompt that could not be loaded."""
-    for tune in ("frozen", "tuned", "lora"):
+    for train_backbone in ("none", "full", "lora"):
         with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' come after \[Y\]"):
-            run(causal, tmp_path / tune, template="[X] [Y] [P*3]", settings={"tune": tune})
-        assert not (tmp_path / tune).exists()
+            run(
+                causal, tmp_path / train_backbone, template="[X] [Y] [P*3]", settings={"train_backbone": train_backbone}
+            )
+        assert not (tmp_path / train_backbone).exists()
 
 
 def test_gradients_that_are_off_outside(causal: Backbone) -> None:
@@ -431,9 +434,13 @@ def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"template": "[X] is [Y]"}, TemplateError, "has no slots, so there is nothing to learn"),
-        ({"settings": {"tune": "lora", "lora_targets": "nowhere"}}, PTuningError, "takes no adapters on 'nowhere'"),
+        (
+            {"settings": {"train_backbone": "lora", "lora_targets": "nowhere"}},
+            PTuningError,
+            "takes no adapters on 'nowhere'",
+        ),
         ({"template": "[P] [X]"}, TemplateError, r"needs one \[Y\]"),
-        ({"template": "[P] {z} [Y]"}, TemplateError, "no field 'z'"),
+        ({"template": "[P] {z} [Y]"}, RecordError, "'z'"),
         ({"data": [{"x": "a", "y": "b"}, {"x": "c"}]}, RecordError, "record 2: no target"),
         ({"data": [{"x": "a", "y": "b"}]}, RecordError, "too few different records to set some aside"),
         ({"dev": []}, RecordError, r"the dev data \(in memory\) holds no records"),
@@ -537,8 +544,8 @@ def test_a_moved_run_can_be_resumed(causal: Backbone, tmp_path: Path) -> None:
 
 
 def test_of_several_starts_the_best_one_is_kept(causal: Backbone, tmp_path: Path) -> None:
-    """``--starts K``: each from a draw of its own, the first as it would be alone, chosen on the development part."""
-    found = run(causal, tmp_path / "three", settings={"starts": 3})
+    """Each from a draw of its own, the first as it would be alone, chosen on the development part."""
+    found = run(causal, tmp_path / "three", settings={"num_restarts": 3})
     alone = run(causal, tmp_path / "one")
     listed: Any = json.loads(json.dumps(found.record["starts"]))
     assert [start["seed"] for start in listed] == [start_seed(0, number) for number in range(3)]
@@ -551,7 +558,7 @@ def test_of_several_starts_the_best_one_is_kept(causal: Backbone, tmp_path: Path
 
 
 def test_several_starts_are_resumed_where_they_were(causal: Backbone, tmp_path: Path) -> None:
-    settings = {"starts": 2, "checkpoint_seconds": 0.0}
+    settings = {"num_restarts": 2, "checkpoint_seconds": 0.0}
     with pytest.raises(Interrupted):
         run(causal, tmp_path / "cut", settings=settings, should_stop=after(8))
     assert (tmp_path / "cut" / CHECKPOINT_FOLDER / "start-1" / CHECKPOINT_FILE).is_file()
@@ -585,13 +592,13 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
 
     monkeypatch.setattr(PrefixCache, "_run", watch)
     monkeypatch.setattr(PrefixCache, "__init__", init)
-    shared = run(causal, tmp_path / "shared", template=LATE, settings={"starts": 3})
+    shared = run(causal, tmp_path / "shared", template=LATE, settings={"num_restarts": 3})
     assert len(ids) == len(set(ids)) == len(FACTS)
     assert not any(parts.tokens or parts.is_used for parts in made)
 
     real = TrainingRun.trainer
     monkeypatch.setattr(TrainingRun, "trainer", lambda one, number, *, checkpoint, prefix_cache: real(one, number))
-    own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
+    own = run(causal, tmp_path / "own", template=LATE, settings={"num_restarts": 3})
     assert len(ids) == 4 * len(FACTS)
     assert timeless(own.record) == timeless(shared.record)
     assert any(cast("dict[str, int]", own.record["constant_part"]).values())
@@ -628,10 +635,10 @@ def test_free_and_deep_slots_have_a_recipe_of_their_own(
     assert found.record["recipe"] == RECIPE + STEPS_RECIPE * further
 
 
-TUNED = {"tune": "tuned", "backbone_lr": 0.005}
-LORA = {"tune": "lora", "lora_lr": 0.02}
-WHOLE = {**TUNED, "keep": "whole"}
-MODES = pytest.mark.parametrize("mode", [TUNED, WHOLE, LORA], ids=["tuned", "whole", "lora"])
+TUNED = {"train_backbone": "full", "backbone_lr": 0.005}
+LORA = {"train_backbone": "lora", "lora_lr": 0.02}
+WHOLE = {**TUNED, "save_weights": "whole"}
+MODES = pytest.mark.parametrize("mode", [TUNED, WHOLE, LORA], ids=["full", "whole", "lora"])
 # Every family once, and every mode with a causal and a masked model where it may matter.
 SOME = pytest.mark.parametrize(
     ("family", "mode"),
@@ -671,12 +678,14 @@ def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
     assert not any(module.training for module in backbone.model.modules())
-    assert (result.record["tune"], result.record["method"]) == (
-        (mode["tune"], "p-tuning+lora") if mode["tune"] == "lora" else ("tuned", "p-tuning+fine-tuning")
+    assert (result.record["train_backbone"], result.record["method"]) == (
+        (mode["train_backbone"], "p-tuning+lora")
+        if mode["train_backbone"] == "lora"
+        else ("full", "p-tuning+fine-tuning")
     )
     trained, frozen = result.record["trainable_parameters"], result.record["frozen_parameters"]
     assert isinstance(trained, int)
-    assert frozen == (backbone.parameters if mode["tune"] == "lora" else 0)
+    assert frozen == (backbone.parameters if mode["train_backbone"] == "lora" else 0)
     model = PromptModel(backbone)
     wanted = model.target_logits(RECORDS, result.prompt)
     found = PromptModel(backbone).target_logits(RECORDS, Prompt.load(tmp_path / "out"))
@@ -689,11 +698,11 @@ def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path:
 
 def test_a_new_process_gives_bit_equal_logits(causal: Backbone, tmp_path: Path) -> None:
     wanted = []
-    for name, mode in (("tuned", TUNED), ("whole", WHOLE), ("lora", LORA)):
+    for name, mode in (("full", TUNED), ("whole", WHOLE), ("lora", LORA)):
         prompt = run(causal, tmp_path / name, settings=mode).prompt
         found = PromptModel(causal).target_logits(RECORDS, prompt)
         wanted.append([one.view(torch.int32).tolist() for one in found])
-    arguments = [causal.name, json.dumps(RECORDS), *(str(tmp_path / name) for name in ("tuned", "whole", "lora"))]
+    arguments = [causal.name, json.dumps(RECORDS), *(str(tmp_path / name) for name in ("full", "whole", "lora"))]
     with forked(ANSWER, *arguments, folder=tmp_path / "said") as process:
         assert process.wait() == 0, process.err
     assert [json.loads(line) for line in process.out.splitlines()] == wanted
@@ -727,14 +736,15 @@ def test_a_run_with_trained_weights_is_resumed(
     assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
 
 
-@pytest.mark.parametrize("tune", ["tuned", "lora"])
+@pytest.mark.parametrize("train_backbone", ["full", "lora"])
 def test_a_run_with_trained_weights_is_killed_and_resumed(
-    tmp_path: Path, model_folder: Callable[[str], Path], tune: str
+    tmp_path: Path, model_folder: Callable[[str], Path], train_backbone: str
 ) -> None:
     """Invariant *Resume is exact*: kill -9, also between the best weights and the checkpoint that names them."""
     rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
+    rate = {"lora_lr": 0.02} if train_backbone == "lora" else {"backbone_lr": 0.005}
+    mode = {"train_backbone": train_backbone, **rate}
     model = model_folder("llama")
     checkpoint = tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
     moments = random.Random(time.time_ns())
@@ -779,9 +789,9 @@ def test_best_weights_and_a_checkpoint_that_does_not_name_them_yet(
     assert run(causal, tmp_path / "cut", settings=TUNED, resume=True).prompt.scores == whole.prompt.scores
 
 
-@pytest.mark.parametrize("mode", [TUNED, LORA], ids=["tuned", "lora"])
+@pytest.mark.parametrize("mode", [TUNED, LORA], ids=["full", "lora"])
 def test_several_starts_with_trained_weights(causal: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
-    settings = {**mode, "starts": 2, "checkpoint_seconds": 0.0}
+    settings = {**mode, "num_restarts": 2, "checkpoint_seconds": 0.0}
     whole = run(causal, tmp_path / "whole", settings=settings)
     with pytest.raises(Interrupted):
         run(causal, tmp_path / "cut", settings=settings, should_stop=after(8))
@@ -803,7 +813,7 @@ def test_a_manual_template_is_enough_where_the_backbone_learns(
     assert result.record["chosen_epoch"] != 0
     prompt = Prompt.load(tmp_path / "out")
     assert (prompt.slots, prompt.slot_vectors) == (0, None)
-    assert prompt.method == ("manual+lora" if mode["tune"] == "lora" else "manual+fine-tuning")
+    assert prompt.method == ("manual+lora" if mode["train_backbone"] == "lora" else "manual+fine-tuning")
     assert prompt.backbone is not None
     model = PromptModel(backbone)
     one, two = (model.target_logits(RECORDS, found) for found in (prompt, result.prompt))
@@ -822,7 +832,7 @@ def test_label_words_with_trained_weights(causal: Backbone, mode: dict[str, Any]
 def test_tuned_weights_are_float32_whatever_the_backbone_is(causal: Backbone, tmp_path: Path) -> None:
     """Weights are trained in float32: a bfloat16 one hardly ever moves under small steps."""
     causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    for name, mode in (("tuned", TUNED), ("lora", LORA)):
+    for name, mode in (("full", TUNED), ("lora", LORA)):
         result = run(causal, tmp_path / name, settings=mode)
         assert result.prompt.weights is not None
         assert {one.dtype for one in result.prompt.weights.tensors.values()} == {torch.float32}
@@ -836,7 +846,7 @@ def test_tuned_weights_are_float32_whatever_the_backbone_is(causal: Backbone, tm
 def test_a_resume_in_another_mode_names_the_difference(causal: Backbone, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(causal, tmp_path, settings=LORA, should_stop=after(2))
-    with pytest.raises(TrainingError, match=r"tune was lora and is frozen"):
+    with pytest.raises(TrainingError, match=r"train_backbone was lora and is none"):
         run(causal, tmp_path, resume=True)
     with pytest.raises(TrainingError, match=r"lora_rank was 8 and is 4"):
         run(causal, tmp_path, resume=True, settings={**LORA, "lora_rank": 4})
@@ -845,7 +855,7 @@ def test_a_resume_in_another_mode_names_the_difference(causal: Backbone, tmp_pat
 def test_room_on_disk_is_checked_before(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr("ptuning.training.run.check_room", lambda _, needed: asked.append(needed))
-    for name, mode in (("frozen", {}), ("lora", LORA), ("tuned", TUNED)):
+    for name, mode in (("none", {}), ("lora", LORA), ("full", TUNED)):
         run(causal, tmp_path / name, settings=mode)
     assert asked[0] < asked[1] < asked[2]
     assert asked[2] - asked[0] == 9 * 4 * causal.parameters
@@ -972,7 +982,7 @@ def test_a_tasks_label_words_are_its_own_unless_others_are_given(causal: Backbon
     assert (found.label_words, found.calibrate) == (words, False)
 
 
-@pytest.mark.parametrize("case", ["labels", "calibrated", "choices", "tuned", "written"])
+@pytest.mark.parametrize("case", ["labels", "calibrated", "choices", "full", "written"])
 def test_the_written_predictions_are_those_of_predict(
     case: str, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -981,7 +991,7 @@ def test_the_written_predictions_are_those_of_predict(
     labels = None if case in ("choices", "written") else "yes=great,good;no=bad;São Tomé=25"
     asked = CHOICE_TASK.read_rows(CHOICE_ROWS) if case == "choices" else None
     task = CHOICE_TASK if case == "choices" else None
-    settings = TUNED if case == "tuned" else {}
+    settings = TUNED if case == "full" else {}
     whole: list[int] = []
     real = target_logits
 
@@ -1003,7 +1013,7 @@ def test_the_written_predictions_are_those_of_predict(
         causal, tmp_path, data=asked, task=task, template=LATE, labels=labels, settings=settings,
         calibrate=True if case == "calibrated" else None,
     )  # fmt: skip
-    assert bool(whole) == (case == "tuned")
+    assert bool(whole) == (case == "full")
     assert bool(answered) == (case == "written")
     lines = (tmp_path / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -1052,9 +1062,9 @@ def test_a_part_without_any_known_answer_is_an_error(masked: Backbone) -> None:
 def test_deep_slots_are_rounded_once_when_the_prompt_is_made(causal: Backbone, tmp_path: Path) -> None:
     """What is returned, what is saved and what is loaded are the same numbers."""
     template, settings = "[D*2] [X] is [D] [Y]", {**FAST, "deep_dtype": "bfloat16"}
-    config = TrainConfig.from_json(settings)
+    config = TrainConfig.from_json(settings).as_defaults()
     found = train(template, FACTS, backbone=causal, config=config, out=tmp_path / "half").prompt
-    whole = train(template, FACTS, backbone=causal, config=TrainConfig.from_json(FAST)).prompt
+    whole = train(template, FACTS, backbone=causal, config=TrainConfig.from_json(FAST).as_defaults()).prompt
     saved = Prompt.load(tmp_path / "half").deep
     assert found.deep is not None
     assert saved is not None

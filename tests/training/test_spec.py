@@ -20,10 +20,10 @@ TEMPLATE = "{message} [P:This is for] [Y]"
 
 
 def test_rows_are_looked_at_once() -> None:
-    asked = TrainSpec(TEMPLATE, ROWS, labels="auto", merge={"biling": "billing"})
+    asked = TrainSpec(TEMPLATE, ROWS, labels="auto", alias_label={"biling": "billing"})
     found = asked.check()
     assert found.labels == LabelWords({team: team for team in ("account", "billing", "shipping", "technical")})
-    assert found.merge == ("biling=billing",)
+    assert found.alias_label == ("biling=billing",)
     assert found.checked is not None
     assert [line.partition(":")[0] for line in found.checked.left_out] == [
         "in memory, record 12",

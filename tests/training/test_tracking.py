@@ -24,7 +24,7 @@ from ptuning.training.tracking import CSV_FILE, TrainingLog
 from ptuning.training.train_fleet import train_fleet
 
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "good")[index % 3]} for index in range(11)]
-FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99, checkpoint_seconds=0.0)
+FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99, checkpoint_seconds=0.0).as_defaults()
 # Two epochs of three steps, and the development part before and after each.
 STEPS = [0, 1, 2, 3, 3, 4, 5, 6, 6]
 
@@ -114,7 +114,7 @@ def test_every_prompt_of_a_fleet_and_every_start_has_a_log_of_its_own(causal: Ba
     prompts = [FleetPrompt(name, "[P*2] [X] [Y]", FACTS, config=FAST) for name in ("one", "two")]
     with TrainingLog("csv", tmp_path / "log", together=True) as log:
         train_fleet(prompts, backbone=causal, report=log)
-        train("[P*2] [X] [Y]", FACTS, backbone=causal, config=TrainConfig(epochs=1, starts=2), report=log)
+        train("[P*2] [X] [Y]", FACTS, backbone=causal, config=TrainConfig(epochs=1, num_restarts=2), report=log)
     for name in ("one", "two"):
         assert [int(row["step"]) for row in rows(tmp_path / "log" / name / CSV_FILE)] == STEPS
     for folder in (tmp_path / "log", tmp_path / "log" / "start-1"):

@@ -128,7 +128,7 @@ def test_rows_of_several_prompts_run_in_one_pass(causal: Backbone, monkeypatch: 
         return real(chunks)
 
     monkeypatch.setattr(step, "_run", spy)
-    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [P:is] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(4)]
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [P:is] [Y]", FACTS, config=FAST.adapted(seed=n)) for n in range(4)]
     train_fleet(prompts, backbone=causal)
     count = 2 * 3  # steps of each prompt; rows of another length may run in a pass of their own
     assert max(sizes) == 4
@@ -136,7 +136,7 @@ def test_rows_of_several_prompts_run_in_one_pass(causal: Backbone, monkeypatch: 
 
 
 def trainer(backbone: Backbone, template: str, records: list[Record], **settings: Any) -> tuple[Trainer, Any]:
-    config = replace(FAST, **settings)
+    config = FAST.adapted(**settings)
     return Trainer(backbone, bound(backbone, template), config=config), items_of(backbone, template, records)
 
 
@@ -182,7 +182,7 @@ def test_encoders_do_not_fill_the_memory(causal: Backbone, monkeypatch: pytest.M
 
     monkeypatch.setattr(fleet, "take_steps", spy)
     weights = trainer(causal, "[P*2] [X] [Y]", FACTS)[0].learner.trainable_parameters
-    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(5)]
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=FAST.adapted(seed=n)) for n in range(5)]
     for room, expected in ((2.5, 2), (0.5, 1), (99, 5)):
         total = room * weights * fleet.BYTES_PER_WEIGHT / fleet.STATE_SHARE
         monkeypatch.setattr(fleet, "total_bytes", lambda _, total=total: total)
@@ -226,7 +226,7 @@ def test_one_prompts_bad_loss_does_not_end_the_others(causal: Backbone, monkeypa
         )
 
     monkeypatch.setattr(Learner, "finish", finish)
-    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in (0, 7, 1)]
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=FAST.adapted(seed=n)) for n in (0, 7, 1)]
     told: dict[str, object] = {}
     found = train_fleet(prompts, backbone=causal, on_prompt=told.__setitem__)
     assert list(found.results) == ["seed-0", "seed-1"]
@@ -276,7 +276,7 @@ def test_a_backbone_loaded_under_inference_mode_trains_as_any_other(causal: Back
     with torch.inference_mode():
         backbone = load_backbone(str(tmp_path), dtype="float32", device="cpu")
         PromptModel(backbone).predict(FACTS[:2], alone(EVERY[3], causal).prompt)
-    for one in (EVERY[0], replace(EVERY[0], config=replace(FAST, tune="tuned"))):
+    for one in (EVERY[0], replace(EVERY[0], config=FAST.adapted(train_backbone="full"))):
         assert torch.equal(vectors(alone(one, backbone)), vectors(alone(one, causal)))
 
 
@@ -284,7 +284,7 @@ def test_a_fleet_whose_passes_do_not_fit_is_trained_in_smaller_ones(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Joint passes shrink, too; the result is the same up to rounding."""
-    prompts = [replace(one, config=replace(one.settings, cache_memory=0.0)) for one in (EVERY[0], EVERY[3], EVERY[4])]
+    prompts = [replace(one, config=one.settings.adapted(cache_memory=0.0)) for one in (EVERY[0], EVERY[3], EVERY[4])]
     wanted = train_fleet(prompts, backbone=causal)
     ran = small_memory(monkeypatch, 30)
     found = train_fleet(prompts, backbone=causal)
@@ -295,7 +295,7 @@ def test_a_fleet_whose_passes_do_not_fit_is_trained_in_smaller_ones(
 
 
 def test_a_prompt_whose_record_does_not_fit_fails_alone(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [replace(one, config=replace(one.settings, cache_memory=0.0)) for one in EVERY[:2]]
+    prompts = [replace(one, config=one.settings.adapted(cache_memory=0.0)) for one in EVERY[:2]]
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 1000)
     small_memory(monkeypatch, 20)
     found = train_fleet([replace(prompts[1], dev=FACTS), prompts[0]], backbone=causal)
@@ -312,7 +312,7 @@ def undisturbed(loaded: Callable[[str], Backbone], tmp_path_factory: pytest.Temp
 
     @cache
     def get(pause: float) -> tuple[list[FleetPrompt], Path, FleetResult]:
-        prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=pause)) for one in EVERY]
+        prompts = [replace(one, config=one.settings.adapted(checkpoint_seconds=pause)) for one in EVERY]
         out = tmp_path_factory.mktemp("fleet") / "whole"
         return prompts, out, train_fleet(prompts, backbone=loaded("llama"), out=out, at_once=3)
 
@@ -393,7 +393,7 @@ def test_workers_leave_the_same_prompts(causal: Backbone, tmp_path: Path, monkey
         train_fleet(EVERY, backbone=causal, out=tmp_path / "workers", at_once=3, workers=2)
     with pytest.raises(ConfigError, match="workers need a folder"):
         train_fleet(EVERY, backbone=causal, workers=2)
-    other = [replace(EVERY[0], config=replace(EVERY[0].settings, lr=0.02))]
+    other = [replace(EVERY[0], config=EVERY[0].settings.adapted(lr=0.02))]
     changed = train_fleet(other, backbone=causal, out=tmp_path / "workers", workers=2, overwrite=True)
     assert not torch.equal(vectors(changed.results["plain"]), vectors(whole.results["plain"]))
 
@@ -409,7 +409,7 @@ def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Pat
     """Nothing of its checkpoint is gone on from, whatever the settings."""
     with pytest.raises(Interrupted):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, should_stop=after(2))
-    other = [replace(EVERY[0], config=replace(EVERY[0].settings, lr=0.02))]
+    other = [replace(EVERY[0], config=EVERY[0].settings.adapted(lr=0.02))]
     found = train_fleet(other, backbone=causal, out=tmp_path, overwrite=True)
     torch.testing.assert_close(vectors(found.results["plain"]), vectors(alone(other[0], causal)), rtol=0, atol=0)
 
@@ -417,7 +417,10 @@ def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Pat
 def test_a_fleet_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     before = bytes_of(tmp_path)
-    for wrong in (replace(EVERY[1], template="no target"), replace(EVERY[1], config=TrainConfig(tune="tuned"))):
+    for wrong in (
+        replace(EVERY[1], template="no target"),
+        replace(EVERY[1], config=TrainConfig(train_backbone="full")),
+    ):
         with pytest.raises(PTuningError, match=f"prompt '{wrong.name}'"):
             train_fleet([EVERY[0], wrong], backbone=causal, out=tmp_path, overwrite=True)
     assert bytes_of(tmp_path) == before != {}
@@ -438,7 +441,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from ptuning.training import fleet\n"
         "fleet.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
-        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=2)) for one in EVERY]\n"
+        "prompts = [replace(one, config=one.settings.adapted(checkpoint_seconds=0.0, epochs=2)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
 
@@ -476,7 +479,7 @@ def test_what_is_left(causal: Backbone, tmp_path: Path) -> None:
     assert len(more.results) == 4
     with pytest.raises(PTuningError, match="not empty"):
         train_fleet(EVERY[:2], backbone=causal, out=tmp_path / "out")
-    other = [replace(EVERY[0], config=replace(FAST, lr=0.02)), EVERY[1]]
+    other = [replace(EVERY[0], config=FAST.adapted(lr=0.02)), EVERY[1]]
     with pytest.raises(TrainingError, match=r"prompt 'plain'.*lr was 0.01"):
         train_fleet(other, backbone=causal, out=tmp_path / "out", resume=True)
     anew = train_fleet(other, backbone=causal, out=tmp_path / "out", overwrite=True)
@@ -490,7 +493,11 @@ def test_errors_name_the_prompt_and_write_nothing(causal: Backbone, tmp_path: Pa
         (replace(good, name="bad", template="[P] {z} [Y]"), PTuningError, "prompt 'bad'.*'z'"),
         (replace(good, name="a/b"), ConfigError, "'a/b' is not a name"),
         (good, ConfigError, "two prompts of the fleet are named 'plain'"),
-        (replace(good, name="bad", config=replace(FAST, tune="tuned")), ConfigError, "'bad': tune is tuned"),
+        (
+            replace(good, name="bad", config=FAST.adapted(train_backbone="full")),
+            ConfigError,
+            "'bad': train_backbone is full",
+        ),
     ):
         with pytest.raises(error, match=what):
             train_fleet([good, bad], backbone=causal, out=tmp_path / "out")
@@ -516,7 +523,7 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
     monkeypatch.setattr(PrefixCache, "keep_only", spy)
     texts = [[{"x": f"{word} {row['x']}", "y": row["y"]} for row in TEXTS] for word in ("First", "Then", "Last")]
     prompts = [
-        FleetPrompt(f"late-{n}", "{x} [P:It was] [Y]", rows, config=replace(FAST, epochs=1 + n))
+        FleetPrompt(f"late-{n}", "{x} [P:It was] [Y]", rows, config=FAST.adapted(epochs=1 + n))
         for n, rows in enumerate(texts)
     ]
     train_fleet(prompts, backbone=causal)
@@ -559,7 +566,7 @@ def test_default_number_at_once_is_one_default() -> None:
 
 def test_shipped_facts_of_two_kinds(causal: Backbone) -> None:
     """As a user would: two tasks of the shipped facts over one backbone."""
-    few = replace(FAST, epochs=1)
+    few = FAST.adapted(epochs=1)
     prompts = [
         FleetPrompt(name, "[P:The] [X] [P:is] [Y]", load_records(f"{name}:train")[:20], config=few)
         for name in ("capitals", "continents")

@@ -256,7 +256,7 @@ def test_one_fact_is_learned_to_an_exact_match(family: str, target: str, tokens:
 
 
 def test_a_causal_prompt_learns_to_stop() -> None:
-    """Setting learn_to_stop: trained long enough, the answer ends where the target does."""
+    """Setting train_eos: trained long enough, the answer ends where the target does."""
     backbone, template = teachable("llama"), "[P*4] [X] [P*4] [Y]"
     items = items_of(backbone, template, [{"x": "Kenya", "y": "yes"}])
     answers: list[str] = []
@@ -450,7 +450,11 @@ def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypa
     assert torch.equal(*vectors)
 
 
-MODES: list[dict[str, Any]] = [{"dropout": 0.3}, {"tune": "tuned"}, {"accumulation_steps": 2, "encoder": "none"}]
+MODES: list[dict[str, Any]] = [
+    {"dropout": 0.3},
+    {"train_backbone": "full"},
+    {"accumulation_steps": 2, "encoder": "none"},
+]
 
 
 @pytest.mark.parametrize("kind", ["lstm", "none"])
@@ -520,9 +524,9 @@ def test_a_record_that_does_not_fit_alone_ends_training_with_what_to_do(
     "settings",
     [
         {"dropout": 0.3, "checkpointing": True},
-        {"tune": "tuned"},
-        {"tune": "tuned", "checkpointing": True},
-        {"tune": "lora", "dropout": 0.3},
+        {"train_backbone": "full"},
+        {"train_backbone": "full", "checkpointing": True},
+        {"train_backbone": "lora", "dropout": 0.3},
         {"encoder": "none"},
     ],
     ids=str,
@@ -532,7 +536,7 @@ def test_trainings_in_threads_follow_their_seeds(masked: Backbone, settings: dic
 
     BERT's own dropout is on where its weights are trained, and checkpointing sets generators back in backward passes.
     """
-    if settings.get("tune") == "lora":
+    if settings.get("train_backbone") == "lora":
         pytest.importorskip("peft")
     seeds = range(3)
 
@@ -795,7 +799,7 @@ def test_the_choice_by_loss_or_by_a_metric(
 ) -> None:
     """The score and loss that the record gives are those of the chosen epoch, also after a resume."""
     by = "loss" if values is None else "bleu"
-    config = TrainConfig.from_json({**FAST, "epochs": 3, "choose_by": by})
+    config = TrainConfig.from_json({**FAST, "epochs": 3, "metric_for_best_model": by})
     left = iter(values or ())
 
     def judge(*_: object) -> float:
@@ -847,7 +851,7 @@ def test_a_training_that_is_lost_starts_anew_with_half_the_rate(
     chosen: int,
 ) -> None:
     """Decision 72. The new attempt begins at the same values, and what it reports is its own."""
-    found = make_trainer(causal, epochs=3, restarts=restarts)
+    found = make_trainer(causal, epochs=3, retries_on_divergence=restarts)
     first = found.learner.vectors()
     script_evaluations(monkeypatch, found, outcomes)
     rates: list[float] = []
@@ -901,8 +905,8 @@ def test_one_that_overfits_is_not_lost() -> None:
 @pytest.mark.usefixtures("always_lost")
 def test_a_training_that_started_anew_is_that_of_half_the_rate(causal: Backbone) -> None:
     """Nothing of the attempt that was lost is left in the next one."""
-    found = fit(make_trainer(causal, encoder="none", lr=0.02, restarts=1))
-    wanted = fit(make_trainer(causal, encoder="none", lr=0.01, restarts=0))
+    found = fit(make_trainer(causal, encoder="none", lr=0.02, retries_on_divergence=1))
+    wanted = fit(make_trainer(causal, encoder="none", lr=0.01, retries_on_divergence=0))
     assert len(found.state.lost) == 1
     assert torch.equal(found.learner.vectors(), wanted.learner.vectors())
     assert without_seconds(found) == without_seconds(wanted)
@@ -928,7 +932,7 @@ def test_resuming_a_training_that_started_anew_is_exact(causal: Backbone, tmp_pa
 
 def test_a_training_of_the_backbone_does_not_start_anew(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons try other learning rates there."""
-    found = make_trainer(causal, epochs=3, tune="tuned")
+    found = make_trainer(causal, epochs=3, train_backbone="full")
     script_evaluations(monkeypatch, found, LOST)
     fit(found)
     assert not found.state.lost
@@ -1152,9 +1156,9 @@ def test_a_masked_backbone_keeps_nothing(masked: Backbone, monkeypatch: pytest.M
     assert not any(fit_late(masked).cached.values())
 
 
-@pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
+@pytest.mark.parametrize("train_backbone", ["none", "full", "lora"])
 def test_dropout_is_the_backbones_own_where_it_learns(
-    masked: Backbone, monkeypatch: pytest.MonkeyPatch, tune: str
+    masked: Backbone, monkeypatch: pytest.MonkeyPatch, train_backbone: str
 ) -> None:
     """BERT's dropout of 0.1 is on in training where the backbone is trained, and off in frozen mode."""
     assert masked.model.config.hidden_dropout_prob == 0.1
@@ -1169,15 +1173,17 @@ def test_dropout_is_the_backbones_own_where_it_learns(
         return real(backbone, examples, learned, **more)
 
     monkeypatch.setattr(steps, "target_logits", watch)
-    found = fit(make_trainer(masked, tune=tune, epochs=1))
-    assert set(seen) == {(tune != "frozen", len(found.learner.weights))}
-    assert {"frozen": 0, "tuned": len(list(masked.model.parameters()))}.get(tune, 26) == len(found.learner.weights)
-    assert (found.learner.backbone is masked) == (tune == "frozen")
+    found = fit(make_trainer(masked, train_backbone=train_backbone, epochs=1))
+    assert set(seen) == {(train_backbone != "none", len(found.learner.weights))}
+    assert {"none": 0, "full": len(list(masked.model.parameters()))}.get(train_backbone, 26) == len(
+        found.learner.weights
+    )
+    assert (found.learner.backbone is masked) == (train_backbone == "none")
     assert not any(one.training for one in found.learner.backbone.model.modules())
 
 
-@pytest.mark.parametrize("tune", ["tuned", "lora"])
-def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, tune: str) -> None:
+@pytest.mark.parametrize("train_backbone", ["full", "lora"])
+def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, train_backbone: str) -> None:
     """With decay for its matrices only, and nothing of it for the encoder."""
     settings: dict[str, Any] = {
         "backbone_lr": 0.25,
@@ -1185,14 +1191,17 @@ def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, tune: str) -
         "backbone_weight_decay": 0.125,
         "weight_decay": 0.75,
     }
-    found = make_trainer(causal, tune=tune, **settings)
+    found = make_trainer(causal, train_backbone=train_backbone, **settings)
     groups = [(group["lr"], group["weight_decay"]) for group in found.learner.optimizer.param_groups]
-    assert groups == [(0.01, 0.75), *([(0.25, 0.125), (0.25, 0.0)] if tune == "tuned" else [(0.5, 0.0)])]
+    assert groups == [(0.01, 0.75), *([(0.25, 0.125), (0.25, 0.0)] if train_backbone == "full" else [(0.5, 0.0)])]
     assert all(weight.ndim > 1 for weight in found.learner.optimizer.param_groups[1]["params"])
 
 
 def test_large_checkpoints_are_written_less_often(causal: Backbone) -> None:
-    tuned, frozen = (make_trainer(causal, tune=tune, checkpoint_seconds=3.0) for tune in ("tuned", "frozen"))
+    tuned, frozen = (
+        make_trainer(causal, train_backbone=train_backbone, checkpoint_seconds=3.0)
+        for train_backbone in ("full", "none")
+    )
     for found, wanted in ((tuned, 40.0), (frozen, 3.0)):
         found._saving_seconds = 2.0
         assert found._pause() == wanted
@@ -1202,12 +1211,12 @@ def test_large_checkpoints_are_written_less_often(causal: Backbone) -> None:
 
 def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        fit(make_trainer(causal, tmp_path, tune="tuned"), stop_after=4)
+        fit(make_trainer(causal, tmp_path, train_backbone="full"), stop_after=4)
     best = next(tmp_path.glob("best-*.safetensors"))
     best.write_bytes(best.read_bytes()[:-9])
-    again = make_trainer(causal, tmp_path, tune="tuned", epochs=2)
+    again = make_trainer(causal, tmp_path, train_backbone="full", epochs=2)
     again.load()
-    again.config = TrainConfig.from_json({**FAST, "tune": "tuned", "patience": 1})
+    again.config = TrainConfig.from_json({**FAST, "train_backbone": "full", "patience": 1})
     again._consider = lambda *_, **__: None  # type: ignore[method-assign]  # nothing better is found any more
     with pytest.raises(TrainingError, match=r"best-.* is not a whole safetensors file .*; start anew with --overwrite"):
         fit(again)
@@ -1216,4 +1225,4 @@ def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) ->
 def test_adapters_that_do_not_work_are_found_before_training() -> None:
     """A run of hours must not end with a traceback, nor with a prompt that cannot be loaded."""
     with pytest.raises(BackboneError, match="cannot run with adapters"):
-        make_trainer(experts("PhimoeForCausalLM"), tune="lora")
+        make_trainer(experts("PhimoeForCausalLM"), train_backbone="lora")

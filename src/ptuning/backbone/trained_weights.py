@@ -19,7 +19,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import HEAD
 from ptuning.backbone.probes import beside_pads, running
 from ptuning.backbone.randomness import own_draws
-from ptuning.config import Keep, Tune
+from ptuning.config import SaveWeights, TrainBackbone
 from ptuning.errors import PromptError
 from ptuning.files import (
     Json,
@@ -40,7 +40,7 @@ DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
 # If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
 ROWS = ".rows"
-TRAINED: tuple[Tune, ...] = ("head", "tuned", "lora")
+TRAINED: tuple[TrainBackbone, ...] = ("head", "full", "lora")
 HEAD_FILE = "head.safetensors"
 # Standard deviation of the start values of a head. Source: most classification models of transformers.
 START_SCALE = 0.02
@@ -75,13 +75,15 @@ def with_head(backbone: Backbone, classes: int, *, seed: int, share: bool = Fals
     return other
 
 
-def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter]:
+def trained_parameters(backbone: Backbone, train_backbone: TrainBackbone) -> dict[str, nn.Parameter]:
     """Return the weights of a backbone that are trained, by name."""
-    if tune == "frozen":
+    if train_backbone == "none":
         return {}
-    if tune == "head":
+    if train_backbone == "head":
         return {name: one for name, one in backbone.model.named_parameters() if name.startswith(f"{HEAD}.")}
-    return lora.adapter_parameters(backbone.model) if tune == "lora" else dict(backbone.model.named_parameters())
+    return (
+        lora.adapter_parameters(backbone.model) if train_backbone == "lora" else dict(backbone.model.named_parameters())
+    )
 
 
 def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
@@ -106,8 +108,8 @@ class TrainedWeights:
     with these weights. ``files`` are the adapter config, or the config and tokenizer of a whole model.
     """
 
-    tune: Tune
-    keep: Keep
+    train_backbone: TrainBackbone
+    keep: SaveWeights
     fingerprint: str
     tensors: Mapping[str, Tensor]
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -115,30 +117,34 @@ class TrainedWeights:
     mark: object = field(default_factory=object)
 
     @classmethod
-    def of(cls, trained: Backbone, frozen: Backbone, *, tune: Tune, keep: Keep) -> TrainedWeights:
+    def of(
+        cls, trained: Backbone, frozen: Backbone, *, train_backbone: TrainBackbone, keep: SaveWeights
+    ) -> TrainedWeights:
         """Return the trained weights of a backbone that was a copy of ``frozen``, sharing its memory."""
-        tensors = {name: weight.detach() for name, weight in trained_parameters(trained, tune).items()}
-        if tune == "lora":
+        tensors = {name: weight.detach() for name, weight in trained_parameters(trained, train_backbone).items()}
+        if train_backbone == "lora":
             files = {lora.CONFIG_FILE: lora.adapter_config(trained.model, backbone=frozen.name)}
-            return cls(tune, keep, trained.fingerprint, tensors, files)
-        if tune == "head":
-            return cls(tune, keep, trained.fingerprint, tensors)
+            return cls(train_backbone, keep, trained.fingerprint, tensors, files)
+        if train_backbone == "head":
+            return cls(train_backbone, keep, trained.fingerprint, tensors)
         if keep == "difference":
-            return cls(tune, keep, trained.fingerprint, _changed(tensors, dict(frozen.model.named_parameters())))
-        return cls(tune, keep, trained.fingerprint, _saved_tensors(trained), _model_files(trained))
+            return cls(
+                train_backbone, keep, trained.fingerprint, _changed(tensors, dict(frozen.model.named_parameters()))
+            )
+        return cls(train_backbone, keep, trained.fingerprint, _saved_tensors(trained), _model_files(trained))
 
     @property
     def file(self) -> str:
         """Name of the file that holds the tensors."""
-        if self.tune in ("lora", "head"):
-            return lora.WEIGHTS_FILE if self.tune == "lora" else HEAD_FILE
+        if self.train_backbone in ("lora", "head"):
+            return lora.WEIGHTS_FILE if self.train_backbone == "lora" else HEAD_FILE
         return WHOLE_FILE if self.keep == "whole" else DIFFERENCE_FILE
 
     @property
     def describe(self) -> str:
         """A short description."""
-        if self.tune in ("lora", "head"):
-            return "adapters (LoRA)" if self.tune == "lora" else "a classification head"
+        if self.train_backbone in ("lora", "head"):
+            return "adapters (LoRA)" if self.train_backbone == "lora" else "a classification head"
         return "all of them" if self.keep == "whole" else "those that changed"
 
     def into(self, backbone: Backbone) -> Backbone:
@@ -147,11 +153,11 @@ class TrainedWeights:
         With adapters or a head the copy shares all other weights; with tuned weights it is a full copy in float32.
         Raises PromptError if a key is missing or unknown, or a shape does not fit this backbone.
         """
-        if self.tune == "lora":
+        if self.train_backbone == "lora":
             other = backbone.copy(share=True)
             lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
             other.freeze()
-        elif self.tune == "head":
+        elif self.train_backbone == "head":
             other = self._under_head(backbone)
         else:
             other = backbone.copy()
@@ -207,7 +213,7 @@ class TrainedWeights:
             write_bytes(folder / name, data)
         write_tensors(folder / self.file, self.tensors)
         return {
-            "tune": self.tune,
+            "train_backbone": self.train_backbone,
             "keep": self.keep,
             "fingerprint": self.fingerprint,
             "sha256": {name: file_sha256(folder / name) for name in sorted((*self.files, self.file))},
@@ -220,9 +226,12 @@ class TrainedWeights:
         ``about``'s class, if that is not what it must be.
         """
         hashes = {name: one.text() for name, one in about.at("sha256").table().items()}
-        tune, keep = about.at("tune").one_of(TRAINED), about.at("keep").one_of(get_args(Keep))
-        empty = cls(tune, keep, about.at("fingerprint").text(), {})
-        for name in (empty.file, *((lora.CONFIG_FILE,) if tune == "lora" else ())):
+        train_backbone, keep = (
+            about.at("train_backbone").one_of(TRAINED),
+            about.at("keep").one_of(get_args(SaveWeights)),
+        )
+        empty = cls(train_backbone, keep, about.at("fingerprint").text(), {})
+        for name in (empty.file, *((lora.CONFIG_FILE,) if train_backbone == "lora" else ())):
             if name not in hashes:
                 raise about.failure(f"the sha256 of {name} is missing")
         for name in hashes:
@@ -236,7 +245,7 @@ class TrainedWeights:
                     f"{folder / name} was changed since it was saved: its sha256 is not the one written down"
                 )
         files = {name: read_bytes(places[name], at_most=MAX_FILE_BYTES) for name in hashes if name != empty.file}
-        return cls(tune, keep, empty.fingerprint, tensors, files)
+        return cls(train_backbone, keep, empty.fingerprint, tensors, files)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:

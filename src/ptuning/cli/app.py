@@ -10,9 +10,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
 from ptuning.cli import terminal
@@ -21,17 +22,14 @@ from ptuning.cli.commands import (
     data,
     demo,
     doctor,
-    estimate,
     exchange,
     fleet,
-    generate,
     predict,
     prompts,
     serve,
     tasks,
     train,
 )
-from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.errors import ConfigError, PTuningError
@@ -42,16 +40,7 @@ from ptuning.records import check_text
 SIGPIPE = 13
 
 
-class _Commands(TyperGroup):
-    """A group of commands, whose help has them under titles."""
-
-    def format_help(self, ctx: Any, formatter: object) -> None:  # noqa: ARG002
-        names = self.list_commands(ctx)
-        titled = {title: [name for name in names if name in listed] for title, listed in TITLES.items()}
-        print_help(self, ctx, titled if ctx.parent is None else {"Commands": names})
-
-
-class _Program(_Commands):
+class _Program(TyperGroup):
     """Ends at Ctrl-C with a message and no traceback, and where nobody reads on without one. Training stops in
     :func:`ptuning.cli.signals.stoppable`.
     """
@@ -107,11 +96,12 @@ def _run() -> None:
         raise
     except OSError as error:
         _drop(sys.stdout)
-        _fail(f"{error}; check the path, its rights and the room on the disk", error)
+        _fail(f"{error}; check the path, permissions and free disk space", error)
 
 
 def _prepare_streams() -> None:
     """Let the outputs escape what their encoding cannot show, and take what is written to a closed one."""
+    Console.on_broken_pipe = _raise_broken_pipe  # type: ignore[method-assign,assignment]  # of --help, which typer prints
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -120,6 +110,11 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     if _rank():  # the first of several processes speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _raise_broken_pipe(_: Console) -> NoReturn:
+    """Leave it to :func:`main` how the program ends when nobody reads on; rich would end it with code 1."""
+    raise BrokenPipeError
 
 
 def _rank() -> int:
@@ -162,12 +157,15 @@ def common(
 
 # What transformers imports if it is installed, and says of kernels that the machine does not have.
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 some cells of a comparison, prompts of a fleet or checks of doctor failed; 2 error; "
+    "130 stopped by Ctrl-C, 143 by SIGTERM (the same command continues)."
+)
 # Every command, in the order of --help. Two words are a command of a group.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "eval": prompts.evaluate,
     "predict": predict.predict,
-    "generate": generate.generate,
     "serve": serve.serve,
     "inspect": prompts.inspect,
     "export": exchange.export,
@@ -176,7 +174,6 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "backbones": data.backbones,
     "doctor": doctor.doctor,
     "demo": demo.demo,
-    "estimate": estimate.estimate,
     "fleet": fleet.fleet,
     "compare": compare.compare,
     "report": compare.report,
@@ -191,7 +188,6 @@ TITLES: Mapping[str, Sequence[str]] = {
         "train",
         "eval",
         "predict",
-        "generate",
         "serve",
         "inspect",
         "export",
@@ -200,12 +196,16 @@ TITLES: Mapping[str, Sequence[str]] = {
         "demo",
     ),
     "Compare methods": ("compare", "report"),
-    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
+    "Look first": ("data", "backbones", "doctor", "template", "task"),
 }
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",
     "task": "Look at the shipped tasks, and check a task file.",
 }
+
+
+def _panel(name: str) -> str | None:
+    return next((title for title, names in TITLES.items() if name in names), None)
 
 
 @cache
@@ -214,6 +214,7 @@ def program() -> Any:
     app = typer.Typer(
         cls=_Program,
         help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
+        epilog=EXIT_CODES,
         no_args_is_help=True,
         add_completion=True,
         pretty_exceptions_enable=False,
@@ -222,9 +223,10 @@ def program() -> Any:
     app.callback(invoke_without_command=True)(common)
     groups = {"": app}
     for name, about in GROUPS.items():
-        groups[name] = typer.Typer(cls=_Commands, help=about, no_args_is_help=True)
-        app.add_typer(groups[name], name=name)
+        groups[name] = typer.Typer(help=about, no_args_is_help=True)
+        app.add_typer(groups[name], name=name, rich_help_panel=_panel(name))
     for words, command in COMMANDS.items():
         group, _, name = words.rpartition(" ")
-        groups[group].command(name=name, cls=Command)(command)
+        panel = None if group else _panel(name)
+        groups[group].command(name=name, cls=Command, rich_help_panel=panel)(command)
     return typer.main.get_command(app)

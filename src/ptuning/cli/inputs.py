@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
-from ptuning.cli.chat import ANY_CHAT, check_system, conversations_of
-from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
-from ptuning.cli.templates import notice_line_breaks, pattern_of, template_of, template_pair
-from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
-from ptuning.template.kinds import kind_of_prompt
-from ptuning.template.language import CONVERSATION_FIELD
+from ptuning.cli.options import AskedBackbone, fields_of
+from ptuning.errors import BackboneError, ConfigError, RecordError, TemplateError
+from ptuning.files import read_text
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
@@ -31,31 +26,11 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.language import Template
-    from ptuning.template.segments import Kind
-    from ptuning.training.spec import TrainSpec
+    from ptuning.template.segments import Kind, Tokenizer
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
-
 STANDARD_INPUT, COMMAND_LINE = "standard input", "the command line"
-Once = Callable[[tuple[str, str], Callable[[], Any]], Any]
-TARGET_TAKEN = "target: the column '{}' (--field y=NAME for another)"
-
-
-def at_once(_: tuple[str, str], read: Callable[[], Any]) -> Any:
-    """Read something, whether it was read before or not."""
-    return read()
-
-
-def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Records:
-    """Read a data file or shipped facts; with the names of fields that a prompt remembers, but for those asked for."""
-    from ptuning.data.reading import load_records
-    from ptuning.prompt.asked import remembered
-    from ptuning.records import TARGET_FIELD
-
-    with terminal.waiting(f"reading {source}"):
-        target = prompt.fields.get(TARGET_FIELD) if prompt is not None else None
-        return remembered(load_records(source, fields=fields_of(field), target=target), prompt)
 
 
 def task_of(name: str | None) -> TaskFile | None:
@@ -68,171 +43,47 @@ def task_of(name: str | None) -> TaskFile | None:
 
 
 def data_of(
-    source: str,
-    field: Sequence[str] | None,
-    task: TaskFile | None,
-    *,
-    part: str,
-    labelled: bool = True,
-    prompt: Prompt | None = None,
-    chat: bool = False,
+    source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, prompt: Prompt | None = None
 ) -> Records | Questions:
     """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``.
-    Without a task, fields are read as the ``prompt`` remembers them; for a ``chat`` records are conversations.
+    Without a task, fields are read as the ``prompt`` remembers them; for a chat records are conversations.
     """
-    if chat or (prompt is not None and prompt.template.has_conversation):
-        return conversations_of(source, field, prompt=prompt)
-    if task is None:
-        return records_of(source, field, prompt=prompt)
-    path = _place_of(source, field, task, part=part)
-    with terminal.waiting(f"reading {path}"):
-        return task.read(path, labelled=labelled)
+    from ptuning.data.sources import DataReader
 
-
-def _place_of(source: str, field: Sequence[str] | None, task: TaskFile, *, part: str) -> Path:
-    """Return the file of a task's data, which may be given as a folder, or as a part of one."""
-    if field:
-        raise ConfigError("--field goes without a task; the task file says where the fields of a row are")
-    from ptuning.data.task_files import find_split
-
-    path, (folder, colon, named) = Path(source), source.rpartition(":")
-    if os.path.isdir(path):
-        return find_split(path, task, part)
-    if colon and not os.path.exists(path) and os.path.isdir(folder):
-        return find_split(Path(folder), task, named)
-    if not os.path.exists(path):
-        there = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-        raise FileError(
-            f"no such data: {source}.{closest(path.name, there)} With the task {task.name}, data is a file, a folder "
-            "such as DIR, or a part of one such as DIR:val"
-        )
-    return path
-
-
-def dev_part(data: str, task: TaskFile | None) -> Questions | None:
-    """Read the development part of a task's data, if ``data`` is a folder that has one."""
-    from ptuning.data.task_files import find_split
-
-    if task is None or not os.path.isdir(data):
-        return None
-    try:
-        path = find_split(Path(data), task, "dev")
-    except FileError:
-        terminal.say(f"{data} has no development part; a share of the training part is set aside")
-        return None
-    return task.read(path)
-
-
-def training_spec(
-    asked: TrainInputs,
-    *,
-    option: str = "--",
-    once: Once = at_once,
-) -> TrainSpec:
-    """Read the task, the template and the data of one training, and look at the rows and labels. ``option`` precedes
-    names in messages; ``once`` gets a source, its part and what reads it, and may return what was read before.
-    """
-    from ptuning.training.spec import TrainSpec
-
-    given = asked.inputs
-    check_system(given, option=option)
-    task = task_of(given.get("task"))
-    named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
-    named[0] = ANY_CHAT if given.get("chat") else named[0]
-    template = template_of(task, *named, option=option)
-    method = given.get("method")
-    if method is not None:
-        template = kind_of_prompt(method).template(_manual_of(given, task, option=option))
-    sources = {"train": given["data"], "dev": given.get("dev")}
-    parts = read_parts(sources, given.get("field"), task, reads=template.fields, once=once)
-    spec = TrainSpec(
-        template,
-        parts["train"],
-        dev=parts.get("dev"),
-        config=asked.config,
-        labels=given.get("labels"),
-        merge=given.get("merge"),
-        strict=bool(given.get("strict")),
-        task=task,
-        calibrate=given.get("calibrate"),
-        method=method,
-    ).check()
-    if spec.checked is not None:
-        show_report(spec.checked, once=once)
-    return spec
-
-
-def _manual_of(given: Mapping[str, Any], task: TaskFile | None, *, option: str) -> Template:
-    """Return the manual template that a kind of prompt is made from; a ConfigError without one."""
-    if given.get("template") is not None or given.get("chat") or (given.get("manual") is None and task is None):
-        raise ConfigError(
-            f"{option}method makes its template from a manual one; give {option}manual (or {option}task), and neither "
-            f"{option}template nor {option}chat"
-        )
-    return template_pair(task, given.get("manual"), None, given.get("pattern"))[0]
+    fields = prompt.fields if prompt is not None else {}
+    is_chat = prompt is not None and prompt.template.has_conversation
+    reader = DataReader(task, fields_of(field), remembered=fields, chat=is_chat)
+    with terminal.waiting(f"reading {source}"):
+        rows = reader.read(source, part=part)
+    say_notes(reader.notes)
+    return rows
 
 
 def read_parts(
-    sources: Mapping[str, str | None],
-    field: Sequence[str] | None,
-    task: TaskFile | None,
-    *,
-    reads: Sequence[str],
-    once: Once = at_once,
-) -> dict[str, Records | Questions]:
-    """Read the parts train, dev and test that are named. With a task, a folder may bring the part dev; without, the one
-    column that the template does not read (``reads``) is the target. A RecordError if a record lacks what it reads.
-    """
-    from ptuning.data.questions import as_questions
-    from ptuning.records import require_fields
+    sources: Mapping[str, str | None], field: Sequence[str] | None, task: TaskFile | None, *, reads: Sequence[str]
+) -> dict[str, Questions]:
+    """Read the parts train, dev and test that are named, as :meth:`DataReader.read_parts` does."""
+    from ptuning.data.sources import DataReader
 
-    found: dict[str, Records | Questions] = {}
-    chat = CONVERSATION_FIELD in reads
-    for part, source in sources.items():
-        if source is not None:
-            read = functools.partial(data_of, source, field, task, part="val" if part == "test" else part, chat=chat)
-            found[part] = once((source, part), read)
-        elif part == "dev" and task is not None:
-            folder = str(sources["train"])
-            beside = once((folder, "beside"), functools.partial(dev_part, folder, task))
-            found |= {part: beside} if beside is not None else {}
-    if task is not None:
-        return found
-    target = target_column(found["train"], reads)
-    if target is not None:
-        once((target, "told"), functools.partial(terminal.say, TARGET_TAKEN.format(target)))
-        found = {part: with_target(rows, target) for part, rows in found.items()}
-    for rows in found.values():
-        require_fields(as_questions(rows).records, reads)
-    return found
+    reader = DataReader(task, fields_of(field))
+    parts = reader.read_parts(sources, reads=reads)
+    say_notes(reader.notes)
+    return parts
 
 
-def target_column(rows: Records | Questions, reads: Sequence[str]) -> str | None:
-    """Return the one column that a template does not read, if no row has a target; else None."""
-    from ptuning.records import TARGET_FIELD, Records
-
-    if not isinstance(rows, Records) or any(TARGET_FIELD in row for row in rows):
-        return None
-    columns = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows)) if name not in reads]
-    return columns[0] if len(columns) == 1 else None
+def say_notes(notes: Sequence[str]) -> None:
+    """Print notes, each once."""
+    for note in dict.fromkeys(notes):
+        terminal.say(note)
 
 
-def with_target(rows: Records | Questions, column: str) -> Records | Questions:
-    """Return records whose target is in a column."""
-    from ptuning.data.reading import with_fields
-    from ptuning.records import TARGET_FIELD, Records
-
-    return with_fields(rows, {TARGET_FIELD: column}) if isinstance(rows, Records) else rows
-
-
-def show_report(found: Report, *, once: Once = at_once) -> None:
-    """Print what was found in data: facts, and what may be a mistake as warnings."""
-    for line in (*found.facts, *(f"warning: {warning}" for warning in found.warnings)):
-        once((line, "told"), functools.partial(terminal.say, line))
+def show_findings(findings: Report) -> None:
+    """Print the findings in data: facts, and possible mistakes as warnings."""
+    say_notes([*findings.facts, *(f"warning: {doubt}" for doubt in findings.warnings)])
 
 
 def looked_at(
-    parts: Mapping[str, Records | Questions],
+    parts: Mapping[str, Questions],
     labels: str | None,
     merge: Sequence[str] | None,
     task: TaskFile | None,
@@ -242,12 +93,10 @@ def looked_at(
 ) -> Labelled:
     """Look at the rows of a comparison and their labels, by default the task's, and say what was found."""
     from ptuning.data.checks import label_rows
-    from ptuning.data.questions import as_questions
 
     known = task.label_words if task is not None else None
-    rows = {part: as_questions(one) for part, one in parts.items()}
-    found = label_rows(rows, labels, fields=reads, known=known, merge=merge, strict=strict)
-    show_report(found.report)
+    found = label_rows(parts, labels, fields=reads, known=known, merge=merge, strict=strict)
+    show_findings(found.report)
     return found
 
 
@@ -260,17 +109,26 @@ def labelled(
     from ptuning.data.checks import Report, label_rows
     from ptuning.data.questions import as_questions
 
+    if merge and labels is None and not prompt.answer_space.is_closed:
+        raise ConfigError("--alias-label is for labels, and the prompt has none; name them with --labels")
     is_open, fields = labels is None and not prompt.answer_space.is_closed, prompt.template.fields
     if prompt.task is None:
-        target = target_column(rows, fields)
-        if target is not None:
-            terminal.say(TARGET_TAKEN.format(target))
-            rows = with_target(rows, target)
+        rows = with_target_column(rows, fields)
     parts = {"data": as_questions(rows)}
     found = label_rows(parts, labels, fields=fields, known=prompt.label_words, merge=[*prompt.merge, *(merge or ())])
     facts = found.report.facts if labels is not None or (is_open and prompt.backbone is None) else ()
-    show_report(Report(facts, found.report.warnings))
+    show_findings(Report(facts, found.report.warnings))
     return replace(prompt, label_words=found.words), found.parts["data"]
+
+
+def with_target_column(rows: Records | Questions, reads: Sequence[str]) -> Records | Questions:
+    """Return rows whose target is the one column that a template does not read, if there is no other target."""
+    from ptuning.data.sources import DataReader, target_column
+
+    reader = DataReader()
+    rows = reader.with_target(rows, target_column(rows, reads))
+    say_notes(reader.notes)
+    return rows
 
 
 def with_labels(prompt: Prompt, labels: str | None) -> Prompt:
@@ -296,8 +154,8 @@ def with_labels(prompt: Prompt, labels: str | None) -> Prompt:
     return replace(prompt, label_words=words)
 
 
-def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
-    """Load a prompt, less its part ``without``, or make a manual one of ``manual:TEMPLATE`` or, with a task,
+def prompt_of(source: str, task: TaskFile | None = None, *, ablate: str | None = None) -> Prompt:
+    """Load a prompt, less its part ``ablate``, or make a manual one of ``manual:TEMPLATE`` or, with a task,
     ``manual:N``. The given task comes before the prompt's own.
     """
     with terminal.waiting("starting"):
@@ -308,11 +166,15 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     if is_manual:
         template = source.removeprefix("manual:").lstrip()
         number = place(template.strip() or "1")
-        given = template if task is None or number is None else pattern_of(task.manual, task, number)
+        given: str | Template = template
+        if task is not None and number is not None:
+            from ptuning.training.spec import pattern_of
+
+            given = pattern_of(task.manual, task, number)
         found = Prompt.manual(given, task=task)
     else:
         found = Prompt.from_pretrained(source)
-    found = found if without is None else found.without(without)
+    found = found if ablate is None else found.without(ablate)
     if task is None or is_manual:
         return found
     if found.task is not None and found.task.name != task.name:
@@ -320,7 +182,7 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     return replace(found, task=task, label_words=found.label_words or task.label_words)
 
 
-def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None, *, gather: bool = False) -> Questions:
+def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None, *, group: bool = False) -> Questions:
     """Read records to write texts for, with their targets, if they have any. A RecordError if there are none."""
     from ptuning.data.questions import as_questions
 
@@ -329,23 +191,21 @@ def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None, *, gat
     else:
         found = data_to_answer(prompt, None, data, field).questions
         is_chat = prompt.template.has_conversation  # the answer that a conversation ends with is its target
-        target = None if is_chat else target_column(found.records, prompt.template.fields)
-        if target is not None:
-            terminal.say(TARGET_TAKEN.format(target))
-            found = as_questions(with_target(found.records, target))
-    return gathered_rows(found, prompt.task, asked=gather)
+        if not is_chat and "y" not in {name for row in found.records for name in row}:
+            found = as_questions(with_target_column(found.records, prompt.template.fields))
+    return gathered_rows(found, prompt.task, group=group)
 
 
-def gathered_rows(rows: Questions, task: TaskFile | None, *, asked: bool) -> Questions:
-    """Return rows as texts are scored on them. If that is ``asked`` for, or the task says so, those that differ in
+def gathered_rows(rows: Questions, task: TaskFile | None, *, group: bool) -> Questions:
+    """Return rows as texts are scored on them. If they are ``group``ed, or the task says so, those that differ in
     their target alone are one, and it is said how many there are.
     """
     from ptuning.data.questions import with_references
 
-    if not (asked or (task is not None and task.gather)):
+    if not (group or (task is not None and task.gather)):
         return rows
     if rows.has_choices:
-        raise ConfigError("--gather is for texts that are written, and these rows have choices")
+        raise ConfigError("--group-references is for texts that are written, and these rows have choices")
     found = with_references(rows)
     terminal.say(f"{len(rows)} records have {len(found)} different inputs; each is one, with all of its references")
     return found
@@ -359,6 +219,8 @@ def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Se
         raise ConfigError(
             "give either a TEXT or --data (a file, or - for lines of text, CSV or JSONL on the standard input)"
         )
+    if field and text not in (None, "-"):
+        raise ConfigError("--field renames columns of --data, and a TEXT has none; leave it out")
     fields = typed_fields(prompt) if text not in (None, "-") else ()
     if len(fields) > 1 or (text not in (None, "-") and not fields):
         raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
@@ -387,8 +249,10 @@ def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> R
     if data == "-":
         typed = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
         return raw_rows(typed, name=STANDARD_INPUT, asked=asked)
-    place = data if task is None else _place_of(data, field, task, part="test")
-    with terminal.waiting(f"reading {place}"):
+    from ptuning.data.sources import DataReader
+
+    with terminal.waiting(f"reading {data}"):
+        place = data if task is None else DataReader(task, fields_of(field)).find(data, part="test")
         return load_rows(place, asked=asked)
 
 
@@ -442,8 +306,8 @@ def load(asked: AskedBackbone, *, prompt: Prompt | None = None, spread: bool = F
     """
     if asked.options.shard in ("tp", "layers") and not spread:
         raise ConfigError(
-            f"--shard {asked.options.shard} is for train and fleet, in which all processes run the same passes; use "
-            "--shard map here (one process), or --quantize"
+            f"shard={asked.options.shard} is for train and fleet, in which all processes run the same passes; use "
+            "--model-arg shard=map here (one process), or quantize"
         )
     own = prompt.backbone if prompt is not None else None
     name, options = asked.name, asked.options
@@ -473,3 +337,63 @@ def load_tokenizer(asked: AskedBackbone) -> tuple[TextTokenizer, Kind]:
         from ptuning.backbone import loading
 
         return loading.load_tokenizer(name, asked.options)
+
+
+def read_template(path: Path) -> str:
+    """Return the template in a file: its text as it is, without line breaks at its end."""
+    from ptuning.template.language import Template
+
+    text = read_text(path, error=TemplateError).replace("\r\n", "\n").rstrip("\n")
+    try:
+        Template.parse(text)
+    except TemplateError as error:
+        raise TemplateError(f"{path}: {error}") from error
+    return text
+
+
+def text_or_file(given: str | None) -> str | None:
+    """Return a template as it was given, or, of ``@FILE``, the one in the file."""
+    return read_template(Path(given[1:])) if given is not None and given.startswith("@") else given
+
+
+def template_and_manual(
+    template: str | None, manual: str | None, path: Path | None, *, learns_words: bool = True, both: bool = False
+) -> tuple[str | None, str | None]:
+    """Return --template and --manual, which may be in a file: as the latter if it has no slots, unless it can be
+    learned with as it is. A ConfigError if there are several, or several of one where ``both`` may be given.
+    """
+    if path is None:
+        return template, manual
+    if not both and (template is not None or manual is not None):
+        raise ConfigError("--template-file brings the template; leave --template and --manual out")
+    from ptuning.template.language import Template
+
+    text = read_template(path)
+    if learns_words and not Template.parse(text).has_slots:
+        if manual is not None:
+            raise ConfigError(f"{path} (--template-file) has no slots: it is a manual template, and so is --manual")
+        return template, text
+    if template is not None:
+        raise ConfigError(f"{path} (--template-file) has slots: it is the template to learn, and so is --template")
+    return text, manual
+
+
+def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = terminal.say) -> None:
+    """Warn about a template with a backslash and an n, as a shell passes them on, where a line break may be meant."""
+    if pattern is None or "\\n" not in pattern or tokenizer.line_end_id is None:
+        return
+    say(
+        "warning: the template has a backslash and an n, and not a line break, which this tokenizer knows; if you mean "
+        f"line breaks, write in bash or zsh\n  {as_shell_text(pattern)}\nor put the template into a file, with line "
+        "breaks as they are (@FILE)"
+    )
+
+
+def as_shell_text(pattern: str) -> str:
+    r"""Return a template as bash and zsh read it with its line breaks, where a backslash and an n stand for one.
+
+    >>> print(as_shell_text(r"It's\n[Y]"))
+    $'It\'s\n[Y]'
+    """
+    escaped = pattern.replace("\\", "\\\\").replace("\\\\n", "\\n").replace("\n", "\\n").replace("'", "\\'")
+    return f"$'{escaped}'"

@@ -205,10 +205,6 @@ class _Console(Console):
         """Return a text as rich prints it. Whatever prints through a console comes by here, cells of tables too."""
         return super().render_str(visible(text, lines=True), **options)
 
-    def on_broken_pipe(self) -> None:
-        """Leave it to the command line how the program ends when nobody reads on; rich would end it with code 1."""
-        raise BrokenPipeError
-
 
 @functools.cache
 def _errors() -> Console:
@@ -286,12 +282,13 @@ def parameters(record: Mapping[str, Json]) -> None:
     trainable, frozen = cast("int", record["trainable_parameters"]), cast("int", record["frozen_parameters"])
     train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
     whose = {
-        "frozen": "the prompt encoder",
+        "none": "the prompt encoder",
         "head": "prompt encoder and classification head",
-        "tuned": "prompt encoder and backbone",
+        "full": "prompt encoder and backbone",
         "lora": "prompt encoder and adapters",
     }
-    line(f"trained: {trainable:,} parameters of {whose[str(record['tune'])]}; frozen: {frozen:,} of the backbone")
+    own = whose[str(record["train_backbone"])]
+    line(f"trained: {trainable:,} parameters of {own}; frozen: {frozen:,} of the backbone")
     line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
 
 

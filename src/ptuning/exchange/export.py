@@ -49,7 +49,7 @@ def check_exportable(prompt: Prompt, kind: str) -> Form:
     if prompt.weights is not None:
         raise ExchangeError(
             "the prompt was trained together with weights of its backbone, and the export holds slots alone, which "
-            "mean nothing without them; train it with --tune frozen"
+            "mean nothing without them; train it with --train-backbone none"
         )
     if prompt.deep is not None:
         if kind != "peft":

@@ -166,7 +166,7 @@ def how_to_have_both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
     changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if "encoder" in changed and RECIPE_NAME in changed:  # which follows from it
         changed.remove(RECIPE_NAME)
-    varied = {one.name for one in dataclasses.fields(TrainConfig)} - {*NOT_VARIED}
+    varied = set(TrainConfig.model_fields) - set(NOT_VARIED)
     if not varied.issuperset(changed):
         return ""
     options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)

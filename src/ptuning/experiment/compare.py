@@ -125,8 +125,8 @@ def compare_labelled(
     if scored.is_closed or scored.metrics:
         options["methods"] = unrestricted_methods(options.get("methods"))
     config = options.get("config") or TrainConfig()
-    if scored.metrics and config.choose_by == BY_SCORE:
-        options["config"] = replace(config, choose_by=scored.metrics[0])
+    if scored.metrics and config.metric_for_best_model == BY_SCORE:
+        options["config"] = config.adapted(metric_for_best_model=scored.metrics[0])
     plan = Plan.of(SUITE, **without_scoring(options))
     parts, how = _parted(rows.parts, plan, train_size=train_size, grouped=task is not None)
     if scored.gather:

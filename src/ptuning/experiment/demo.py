@@ -23,7 +23,9 @@ from ptuning.provenance import described
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
-from ptuning.training.run import TrainResult, train
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun, TrainResult
+from ptuning.training.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +79,10 @@ def run_demo(
     if not overwrite and not is_run and any((out / name).exists() for name in (*RUN.files, *RUN.folders)):
         raise FileError(f"{out} holds part of another run; choose another folder (--out), or give --overwrite")
     parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
-    result = train(
-        Template.from_manual(MANUAL),
-        parts["train"],
-        dev=parts["dev"],
-        backbone=backbone,
-        config=config,
-        out=out,
-        resume=not overwrite,
-        overwrite=True,  # with resume this only allows for files of the user beside the run's
-        report=report,
-        should_stop=should_stop,
-        command=command,
-    )
+    spec = TrainSpec(Template.from_manual(MANUAL), parts["train"], parts["dev"], config)
+    # With resume, overwrite only allows for other files in the folder.
+    run = TrainingRun(prepare(spec, backbone), out=out, resume=not overwrite, overwrite=True, command=command)
+    result = run.train(report=report, should_stop=should_stop)
     if "scores" in result.record:
         logger.warning("%s holds this demo already; give --overwrite to run it again", out)
         return load_demo(out)

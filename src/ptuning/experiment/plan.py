@@ -117,9 +117,10 @@ class Plan:
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}; it must be 1 or more")
         tried_factors(self.tries)
-        if self.config.tune != "frozen":
+        if self.config.train_backbone != "none":
             raise ConfigError(
-                f"tune is {self.config.tune!r}, but in a comparison each method says what it trains; leave it out, and "
+                f"train_backbone is {self.config.train_backbone!r}, but in a comparison each method says what it "
+                "trains; leave it out, and "
                 "name fine-tuning among the methods"
             )
         check_varied(self.vary, self.config)
@@ -229,7 +230,7 @@ def run_jobs(
 
 def _check_installed(suite: Suite, units: Sequence[Unit]) -> None:
     """Raise a ConfigError if a cell that is left needs a package that is missing: now, not after hours of others."""
-    left = (cell for cell in suite.cells_of(units) if suite.methods[cell.method].tune == "lora")
+    left = (cell for cell in suite.cells_of(units) if suite.methods[cell.method].train_backbone == "lora")
     if any(suite.load(cell) is None for cell in left):
         check_peft()
 

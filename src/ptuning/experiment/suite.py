@@ -60,7 +60,7 @@ from ptuning.workers.units import UNIT_PROMPTS, Unit, cut, held
 logger = logging.getLogger(__name__)
 
 # What methods train of the backbone, the cheapest first.
-CHEAP_FIRST = (None, "frozen", "head", "lora", "tuned")
+CHEAP_FIRST = (None, "none", "head", "lora", "full")
 
 
 @dataclass
@@ -133,7 +133,9 @@ class Suite:
     @functools.cached_property
     def cells(self) -> list[Cell]:
         """All cells in the order in which they run: cheap methods first, so that a useful table exists early."""
-        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, CHEAP_FIRST.index(method.tune)))
+        ordered = sorted(
+            self.methods.values(), key=lambda method: (method.trained, CHEAP_FIRST.index(method.train_backbone))
+        )
         return [
             Cell(name, method.name, self.config.seed + number)
             for number in range(self.seeds)
@@ -151,7 +153,7 @@ class Suite:
             if not self._trains_together(same):
                 found += [Unit(f"{cell.task} {cell.method} seed {cell.seed}", (cell.folder,)) for cell in same]
                 continue
-            prompts = self.tries * self.config_of(same[0]).starts
+            prompts = self.tries * self.config_of(same[0]).num_restarts
             for number, cells in enumerate(cut(same, [prompts] * len(same), UNIT_PROMPTS), start=1):
                 name = f"{method}-seed-{seed}" + (f"-{number}" if number > 1 else "")
                 found.append(Unit(name, tuple(cell.folder for cell in cells), f"{FLEETS_FOLDER}/{name}"))
@@ -273,7 +275,7 @@ class Suite:
                 yield done or self._run(cell, going)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
-        several = len(cells) * self.tries * self.config_of(cells[0]).starts > 1
+        several = len(cells) * self.tries * self.config_of(cells[0]).num_restarts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
     def _run_together(self, cells: Sequence[Cell], place: Path, going: _Going) -> Iterator[CellResult]:

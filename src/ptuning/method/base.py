@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import RECIPE, EncoderKind, Setting, TrainConfig, Tune, acts_on, as_setting, setting_of
+from ptuning.config import (
+    RECIPE,
+    EncoderKind,
+    Setting,
+    TrainBackbone,
+    TrainConfig,
+    TrainingFacts,
+    acts_on,
+    as_setting,
+    setting_of,
+)
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
@@ -139,7 +149,7 @@ class Method:
         fit: Fits on the training and development part of a task.
         trained: Whether it trains weights. Only then ``tries`` and the control with random weights apply.
         learns_slots: Whether it learns a prompt. Reports compare the first such method with the manual prompt.
-        tune: What it trains of the backbone; None if unknown. Methods that train less run first.
+        train_backbone: What it trains of the backbone; None if unknown. Methods that train less run first.
         seeded: Whether its result depends on the seed. Other methods run once.
         reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
         reads_manual: Whether it reads the words of the manual template. If not, a relation need not have one.
@@ -159,7 +169,7 @@ class Method:
     fit: Callable[[Task, Setup], Solution]
     trained: bool = False
     learns_slots: bool = False
-    tune: Tune | None = None
+    train_backbone: TrainBackbone | None = None
     seeded: bool = False
     reads_train: bool = True
     reads_manual: bool = True
@@ -172,9 +182,15 @@ class Method:
     encoder: EncoderKind | None = None
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
 
+    @property
+    def facts(self) -> TrainingFacts:
+        """Facts that decide which settings act on it; a learned template may have slots of any kind."""
+        learns = self.learns_slots
+        return TrainingFacts(self.train_backbone, has_slots=learns, has_deep=learns, has_examples=learns)
+
     def depends_on(self, setting: str) -> bool:
         """Whether a training setting of the comparison changes its result."""
-        acts = acts_on(setting, tune=self.tune, learns_slots=self.learns_slots)
+        acts = acts_on(setting, self.facts)
         return self.trained and acts and setting not in self.fixed
 
     def recipe(self, task: Task, config: TrainConfig) -> int | None:

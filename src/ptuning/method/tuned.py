@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from ptuning.config import DEEP_SETTINGS, Tune
+from ptuning.config import NEEDS, TrainBackbone, TrainingFacts, acts_on
 from ptuning.data.checks import Report
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
@@ -24,7 +24,7 @@ from ptuning.progress import named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.kinds import KINDS, PromptKind
-from ptuning.template.language import Field, Literal, Piece, Target, Template
+from ptuning.template.language import Field, Literal, Piece, Target, Template, TextSlots
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
 from ptuning.training.spec import FleetPrompt
@@ -35,7 +35,7 @@ TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 # Number of evaluations in a row with the same guess for every row that causes a warning.
 STUCK_EVALUATIONS = 3
 # The setting that holds the learning rate to try.
-RATES: Mapping[Tune, str] = {"frozen": "lr", "head": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
+RATES: Mapping[TrainBackbone, str] = {"none": "lr", "head": "lr", "full": "backbone_lr", "lora": "lora_lr"}
 
 
 def bare(manual: Template) -> Template:
@@ -64,14 +64,16 @@ def tried_factors(tries: int) -> Sequence[float]:
 
 
 def _tried(
-    task: Task, setup: Setup, template: Template, *, tune: Tune, kind: PromptKind | None = None
+    task: Task, setup: Setup, template: Template, *, train_backbone: TrainBackbone, kind: PromptKind | None = None
 ) -> list[FleetPrompt]:
     """Return one training per tried learning rate, named after the folder of its files."""
-    setting = _rate(tune, template)
+    setting = _rate(train_backbone, template)
     config = setup.config if kind is None else setup.config.with_settings(kind.settings)
     # Without slots, further starts would differ in the order of the data only.
-    starts = config.starts if template.has_slots else 1
-    same = replace(config, seed=setup.seed, tune=tune, keep="difference", starts=starts)
+    restarts = config.num_restarts if template.has_slots else 1
+    same = config.adapted(
+        seed=setup.seed, train_backbone=train_backbone, save_weights="difference", num_restarts=restarts
+    ).as_defaults()
     rates = [getattr(config, setting) * factor for factor in tried_factors(setup.tries)]
     return [
         FleetPrompt(
@@ -79,34 +81,39 @@ def _tried(
             template,
             task.train,
             task.dev,
-            config=replace(same, **{setting: rate}),
+            config=same.adapted(**{setting: rate}),
             labels=task.answer_space.words,
             task=task.file,
             checked=Report(),  # of all methods' rows, before the comparison
-            method=None if kind is None else kind.name + ALONG[tune],
+            method=None if kind is None else kind.name + ALONG[train_backbone],
         )
         for number, rate in enumerate(rates, start=1)
     ]
 
 
-def _rate(tune: Tune, template: Template) -> str:
+def _rate(train_backbone: TrainBackbone, template: Template) -> str:
     """Return the setting that holds the learning rate to try."""
-    return "deep_lr" if tune in ("frozen", "head") and template.has_deep else RATES[tune]
+    return "deep_lr" if train_backbone in ("none", "head") and template.has_deep else RATES[train_backbone]
 
 
-def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: PromptKind | None = None) -> Solution:
+def _learn(
+    task: Task, setup: Setup, template: Template, *, train_backbone: TrainBackbone, kind: PromptKind | None = None
+) -> Solution:
     """Train with each learning rate, as ``ptuning train`` does, and answer with the one best on the development part.
     Only files that hold all weights of a backbone are removed.
     """
-    setting = _rate(tune, template)
+    setting = _rate(train_backbone, template)
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
-        share, disk = replace(setup.config, tune=tune).prefix_cache_share, setup.config.prefix_cache_bytes
+        share, disk = (
+            setup.config.adapted(train_backbone=train_backbone).prefix_cache_share,
+            setup.config.prefix_cache_bytes,
+        )
         cache = PrefixCache(setup.backbone, memory_share=share, disk_bytes=disk)
         prefix_cache = temporary.enter_context(cache)
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
-        for one in _tried(task, setup, template, tune=tune, kind=kind):
+        for one in _tried(task, setup, template, train_backbone=train_backbone, kind=kind):
             result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
                 report=named(setup.report, one.name), should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
@@ -119,7 +126,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: Pr
         best = _best(tried)
         prompt = Prompt.load(folder / f"try-{best + 1}")
         model = PromptModel(setup.backbone).for_prompt(prompt)
-        for number in range(1, len(tried) + 1) if tune == "tuned" else ():
+        for number in range(1, len(tried) + 1) if train_backbone == "full" else ():
             remove(folder / f"try-{number}", RUN)
     return answering(task, setup, model, prompt, closed=task.vocabulary, **_noted(tried, records[best]))
 
@@ -127,13 +134,13 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: Pr
 def _fine_tune(task: Task, setup: Setup) -> Solution:
     """Train all weights on the fields and the target alone; with a classification head for labels and choices."""
     if not task.answer_space.is_closed:
-        return _learn(task, setup, bare(task.manual), tune="tuned")
+        return _learn(task, setup, bare(task.manual), train_backbone="full")
     tried: list[dict[str, Json]] = []
     best: HeadModel | None = None
     for number, factor in enumerate(tried_factors(setup.tries), start=1):
         rate = setup.config.backbone_lr * factor
         told = replace(setup, report=named(setup.report, f"try-{number}"))
-        model = HeadModel(task, told, replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate))
+        model = HeadModel(task, told, setup.config.adapted(seed=setup.seed, train_backbone="full", backbone_lr=rate))
         tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
         if _best(tried) == len(tried) - 1:
             best = model
@@ -177,60 +184,67 @@ def _best(tried: Sequence[dict[str, Json]]) -> int:
     return keys.index(max(keys))
 
 
-def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for: tuple[str, ...] = ()) -> Method:
+def _with_template(
+    train_backbone: TrainBackbone, describe: str, *, learns_slots: bool, default_for: tuple[str, ...] = ()
+) -> Method:
     """Return the method that trains on a task's learned template (``learns_slots``) or on its manual one."""
 
     def template(task: Task) -> Template:
         return task.template if learns_slots else task.manual
 
     def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), tune=tune)
+        return _learn(task, setup, template(task), train_backbone=train_backbone)
 
     def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), tune=tune)
+        return _tried(task, setup, template(task), train_backbone=train_backbone)
 
     return Method(
-        (LEARNED if learns_slots else MANUAL) + ALONG[tune],
+        (LEARNED if learns_slots else MANUAL) + ALONG[train_backbone],
         describe,
         fit,
         trained=True,
         learns_slots=learns_slots,
-        tune=tune,
+        train_backbone=train_backbone,
         seeded=True,
         reads_manual=not learns_slots,
-        labels_only=tune == "head",
+        labels_only=train_backbone == "head",
         default_for=default_for,
         template=template,
-        prompts=prompts if tune == "frozen" else None,
+        prompts=prompts if train_backbone == "none" else None,
     )
 
 
-def _of_kind(kind: PromptKind, tune: Tune = "frozen") -> Method:
+def _of_kind(kind: PromptKind, train_backbone: TrainBackbone = "none") -> Method:
     """Return the method that learns a prompt of another kind over the frozen backbone, with a head or without."""
 
     def template(task: Task) -> Template:
         return kind.template(task.manual, task.template)
 
     def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), tune=tune, kind=kind)
+        return _learn(task, setup, template(task), train_backbone=train_backbone, kind=kind)
 
     def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), tune=tune, kind=kind)
+        return _tried(task, setup, template(task), train_backbone=train_backbone, kind=kind)
 
+    deep = kind.front.deep
+    has_examples = isinstance(kind.front, TextSlots)
+    facts = TrainingFacts(
+        train_backbone, has_slots=kind.learns_words or not deep, has_deep=deep, has_examples=has_examples
+    )
     return Method(
-        kind.name + ALONG[tune],
-        f"{kind.describe}, backbone frozen{', classification head' if tune == 'head' else ''}",
+        kind.name + ALONG[train_backbone],
+        f"{kind.describe}, backbone frozen{', classification head' if train_backbone == 'head' else ''}",
         fit,
         trained=True,
         learns_slots=True,
-        tune=tune,
+        train_backbone=train_backbone,
         seeded=True,
         reads_manual=not kind.learns_words,
-        labels_only=tune == "head",
-        fixed=(*kind.settings, *(() if kind.front.deep else DEEP_SETTINGS)),
+        labels_only=train_backbone == "head",
+        fixed=(*kind.settings, *(name for name in NEEDS if not acts_on(name, facts))),
         template=template,
         encoder=kind.settings.get("encoder"),
-        prompts=prompts if tune == "frozen" else None,
+        prompts=prompts if train_backbone == "none" else None,
     )
 
 
@@ -238,7 +252,7 @@ def _of_kind(kind: PromptKind, tune: Tune = "frozen") -> Method:
 # together with the prompt, and FT with a head); Hu et al. (2021), section 4 (LoRA).
 TUNED = (
     _with_template(
-        "frozen",
+        "none",
         "the learned prompt, backbone frozen",
         learns_slots=True,
         default_for=("compare", "lama", "superglue"),
@@ -248,15 +262,15 @@ TUNED = (
         "subject and target only, all weights trained (FT)",
         _fine_tune,
         trained=True,
-        tune="tuned",
+        train_backbone="full",
         seeded=True,
         reads_manual=False,
         default_for=("superglue",),
     ),
     _with_template(
-        "tuned", "the manual prompt, all weights trained (MP+FT)", learns_slots=False, default_for=("superglue",)
+        "full", "the manual prompt, all weights trained (MP+FT)", learns_slots=False, default_for=("superglue",)
     ),
-    _with_template("tuned", "the learned prompt, all weights trained along", learns_slots=True),
+    _with_template("full", "the learned prompt, all weights trained along", learns_slots=True),
     _with_template("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
     _with_template("lora", "the learned prompt, adapters trained along", learns_slots=True),
     *map(_of_kind, KINDS.values()),

@@ -188,7 +188,7 @@ class Prompt:
         """The possible answers, and how they are scored."""
         kept = self.task.closed_fields if self.task is not None else ()
         has_choices = self.task is not None and self.task.answer_space.has_choices
-        head = self.weights is not None and self.weights.tune == "head"
+        head = self.weights is not None and self.weights.train_backbone == "head"
         return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept), head)
 
     def check_open(self) -> None:
@@ -203,7 +203,7 @@ class Prompt:
             raise ConfigError("count_stop (--count-stop) goes with candidates (--candidates); leave it out here")
         if not self.learned_to_stop:
             raise ConfigError(
-                "count_stop (--count-stop) is for prompts that were trained to stop after the target (learn_to_stop); "
+                "count_stop (--count-stop) is for prompts that were trained to stop after the target (train_eos); "
                 "leave it out"
             )
 

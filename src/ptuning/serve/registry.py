@@ -345,7 +345,7 @@ def _check_plausible(manifest: Mapping[str, Json], folder: Path) -> None:
     if manifest.get("weights") is not None:
         raise PromptError(
             f"{folder} has trained weights of the backbone in it, and one model in memory serves all prompts; "
-            "train its slots alone (--tune frozen), or use it by itself (ptuning predict)"
+            "train its slots alone (--train-backbone none), or use it by itself (ptuning predict)"
         )
 
 

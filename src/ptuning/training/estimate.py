@@ -118,7 +118,7 @@ class Forecast:
 
     device: str
     dtype: str
-    tune: str
+    train_backbone: str
     train_records: int
     dev_records: int
     steps: int
@@ -175,16 +175,16 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
     # A checkpoint after every epoch and some within; the best weights after every epoch, at worst, and in the prompt.
     saving = (config.epochs + config.epochs * epoch // pause) * checkpoint + (config.epochs + 1) * best
     start = made - filled + config.epochs * epoch + (config.epochs + 1) * dev + saving
-    total = filled - began + kept + config.starts * start + answers + best
+    total = filled - began + kept + config.num_restarts * start + answers + best
     return Forecast(
         device=str(backbone.device),
         dtype=short_name(backbone.dtype),
-        tune=config.tune,
+        train_backbone=config.train_backbone,
         train_records=len(run.items["train"]),
         dev_records=len(run.items["dev"]),
         steps=trial.steps_of_epoch,
         epochs=config.epochs,
-        starts=config.starts,
+        starts=config.num_restarts,
         longest_pass=trial.longest_pass,
         deep_in_front=run.prepared.bound.layout.in_front,
         memory=memory,
@@ -318,7 +318,7 @@ class _Trial:
             activations=activations,
             constant_part=self.in_memory,
             # With the moments of its encoder; those of the backbone's weights are dropped.
-            other_starts=2 * encoder + trained if self.run.config.starts > 1 else 0,
+            other_starts=2 * encoder + trained if self.run.config.num_restarts > 1 else 0,
             rest=max(0, peak - weights - 4 * trained - activations - self.trial_bytes),
             before=before,
             on_disk=self.on_disk,

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ptuning.config import TrainConfig
@@ -16,7 +16,7 @@ from ptuning.files import Unchecked, parse_toml, read_text
 KEYS = ("backbone", "at_once", "all", "prompt")
 # A few lists in one file are a product of thousands of prompts.
 MOST_PROMPTS = 10_000
-SETTINGS = tuple(item.name for item in fields(TrainConfig))
+SETTINGS = tuple(TrainConfig.model_fields)
 
 
 def _label_words(value: Unchecked) -> str | dict[str, tuple[str, ...]]:
@@ -39,7 +39,7 @@ def _merges(value: Unchecked) -> str | Mapping[str, str]:
 # The keys of a prompt besides its settings -> how they are read.
 INPUTS: Mapping[str, Callable[[Unchecked], object]] = {
     **dict.fromkeys(("data", "dev", "template", "manual", "about", "task", "system"), Unchecked.text),
-    "pattern": Unchecked.whole, "labels": _label_words, "merge": _merges, "strict": Unchecked.flag,
+    "pattern": Unchecked.whole, "labels": _label_words, "alias_label": _merges, "strict": Unchecked.flag,
     "calibrate": Unchecked.flag, "chat": Unchecked.flag, "fields": Unchecked.mapping,
 }  # fmt: skip
 # A key that says which template is learned -> the defaults in [all] that it replaces. Rows and label words of a task go

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ptuning.config import (
-    DEEP_SETTINGS,
-    HEAD_SETTINGS,
-    LOST_SETTINGS,
     RECIPE,
     STEPS_RECIPE,
-    TEXT_SETTINGS,
     EncoderKind,
-    TrainConfig,
 )
 from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, sha256
@@ -39,19 +34,13 @@ def identity(
     recipe: Json,
     task_file: str | None = None,
 ) -> dict[str, Json]:
-    """Return the identity of a result: settings but for :data:`IRRELEVANT_SETTINGS`, and for those that came later and
-    have their default; and SHA-256 of each part of the data.
+    """Return the identity of a result: settings but :data:`IRRELEVANT_SETTINGS`, and SHA-256 of each part of the data.
 
     ``fingerprint`` is the backbone's, ``recipe`` the version of the code that trained
     (:func:`recipe_of`; None where nothing is trained), and ``task_file`` the text of the task file, if there is one.
     """
-    came = (*DEEP_SETTINGS, *TEXT_SETTINGS, *HEAD_SETTINGS, *LOST_SETTINGS)
-    later = {name: getattr(TrainConfig, name) for name in came}
-    found = {
-        name: value
-        for name, value in settings.items()
-        if name not in IRRELEVANT_SETTINGS and not (name in later and value == later[name])
-    }
+    names = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
+    found: dict[str, Json] = dict(names)
     found |= {f"{part} data (sha256)": digest for part, digest in data.items()}
     if task_file is not None:
         found["task file (sha256)"] = sha256(task_file.encode("utf-8"))

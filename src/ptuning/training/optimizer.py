@@ -23,11 +23,11 @@ def with_gradients(work: Work) -> Work:
 
 def to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
     """Return what is trained of a frozen backbone: itself, a copy, or one with a head or adapters."""
-    if config.tune == "frozen":
+    if config.train_backbone == "none":
         return backbone
-    if config.tune == "tuned":
+    if config.train_backbone == "full":
         return backbone.copy()
-    if config.tune == "head":  # which ``prepare`` has put on it
+    if config.train_backbone == "head":  # which ``prepare`` has put on it
         other = backbone.copy(share=True)
         other.put_head(copy.deepcopy(other.head))
         return other
@@ -50,14 +50,14 @@ def make_optimizer(
         {"params": list(encoder.parameters()), "lr": peak}
         for encoder, peak in zip(encoders, (config.lr, config.deep_lr), strict=False)
     ]
-    peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.tune, config.backbone_lr)
-    decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
+    peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.train_backbone, config.backbone_lr)
+    decay = config.backbone_weight_decay if config.train_backbone == "full" else 0.0
     for is_matrix in (True, False):
         own = [weight for weight in weights.values() if (weight.ndim > 1) == is_matrix]
         if own:
             groups.append({"params": own, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
     # Fused where it matters: other variants hold a second copy of all weights while they step.
-    fused = True if config.tune == "tuned" else None
+    fused = True if config.train_backbone == "full" else None
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 

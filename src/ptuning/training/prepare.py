@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import random
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import with_head
-from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune, derived_seed
+from ptuning.config import BY_LOSS, BY_SCORE, TrainBackbone, TrainConfig, TrainingFacts, derived_seed, refuse_unused
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.checks import merges, require_rows
+from ptuning.data.conversations import system_text
 from ptuning.data.questions import Questions, as_questions
+from ptuning.data.sources import Source
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, cut_target, question_items
@@ -27,6 +30,7 @@ from ptuning.metrics.generation import TEXT_METRICS, check_metrics
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template.chat import chat_template
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.examples import example_lines, manual_of, with_deep_examples
 from ptuning.template.labels import PLAIN, LabelWords
@@ -35,6 +39,7 @@ from ptuning.template.segments import FILLS_MASKS
 from ptuning.training.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
+Spec = TypeVar("Spec", bound=TrainSpec)
 
 # Targets of so many tokens are learned whole, and longer ones as far as this share of the targets goes.
 FEWEST_TARGET_TOKENS, MOST_TARGETS = 64, 0.99
@@ -48,7 +53,8 @@ class Prepared:
     """A training that was checked and may start, with the questions (``parts``) and items of ``train`` and ``dev``.
 
     Args:
-        answers: What rows are answered with: labels, choices or text.
+        facts: Decide which settings act on this training.
+        answers: Labels, choices or text.
         fields: Which fields of the training part had another name in its file, new name -> name in the file.
         merge: Labels that count as others.
         left_out: The rows that are not used, with the reason of each.
@@ -60,6 +66,7 @@ class Prepared:
     bound: TokenizedTemplate
     backbone: Backbone
     config: TrainConfig
+    facts: TrainingFacts
     answers: AnswerSpace
     task: TaskFile | None
     parts: Mapping[str, Questions]
@@ -77,18 +84,21 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     Raises:
         PTuningError: If anything cannot be used.
     """
-    began, config, task = time.monotonic(), spec.settings, spec.task
+    began = time.monotonic()
+    spec = placed(checked(spec), backbone)
+    config, task = spec.settings, spec.task_file
     if backbone.max_length is not None:
-        config = replace(config, max_length=min(config.max_length, backbone.max_length))
-    if task is not None and task.text_metrics and config.choose_by == BY_SCORE:
-        config = replace(config, choose_by=task.text_metrics[0])
+        config = config.adapted(max_length=min(config.max_length, backbone.max_length))
+    if task is not None and task.text_metrics and "metric_for_best_model" not in config.model_fields_set:
+        config = config.adapted(metric_for_best_model=task.text_metrics[0])
+    assert spec.template is not None
     template = _trainable(as_template(spec.template), config, backbone)
-    spec = _checked(spec)
+    config = _with_deep_rate(config, template)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
-    parts = {"train": as_questions(spec.data)}
+    parts = {"train": _questions(spec.data)}
     if spec.dev is not None:
-        parts["dev"] = _scored(as_questions(spec.dev), task)
-    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate, head=config.tune == "head")
+        parts["dev"] = _scored(_questions(spec.dev), task)
+    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate, head=config.train_backbone == "head")
     if answers.head:
         seed = derived_seed(config.seed, "classification head")
         backbone = with_head(backbone, len(answers.labels), seed=seed, share=True)
@@ -99,11 +109,21 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     shown = _examples(template, parts, answers, backbone, config)
     template = template if shown is None else shown.template
     bound = _bound(template, parts["train"], backbone, config)
+    facts = TrainingFacts(
+        config.train_backbone,
+        has_slots=template.has_input_slots,
+        has_deep=template.has_deep,
+        has_block=bool(bound.layout.in_front),
+        has_examples=shown is not None,
+        has_dev=spec.dev is not None,
+        uses_cache=config.cache_memory > 0,
+    )
+    refuse_unused(config, facts)
     if shown is not None:
         shown.check_length(bound)
 
     def items_of(questions: Questions) -> list[Item]:
-        items = question_items(bound, questions, answers, with_stop=config.learn_to_stop, cut=True)
+        items = question_items(bound, questions, answers, with_stop=config.train_eos, cut=True)
         if shown is None or not config.leave_one_out or ("dev" in parts and questions is parts["dev"]):
             return items
         return shown.leave_out(items, questions, bound)
@@ -113,13 +133,13 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
         if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
-            own = question_items(bound, dev, answers, with_stop=config.learn_to_stop, cut=True)
+            own = question_items(bound, dev, answers, with_stop=config.train_eos, cut=True)
             parts["dev"], items["dev"] = dev, own
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.distinguishable]
     if not (learned and any(item.distinguishable for item in items["dev"])):
         raise RecordError(
             f"the tokenizer knows no target of {parts['dev' if learned else 'train'].name}; give more records, or take "
-            "another backbone (--backbone)"
+            "another backbone"
         )
     if parts["train"].has_choices:
         items["train"] = items_of(answers.to_learn(Questions(learned, name=parts["train"].name), seed=config.seed))
@@ -130,10 +150,15 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     for name, made in items.items():
         say_shortened([shortened(item) for item in made], parts[name].name, bound.max_length)
     left_out = spec.checked.left_out if spec.checked is not None else ()
-    merge, method = merges(spec.merge), spec.method or method_name(template, config.tune)
+    merge, method = merges(spec.alias_label), spec.method or method_name(template, config.train_backbone)
     return Prepared(
-        template, bound, backbone, config, answers, task, parts, items, fields, merge, left_out, method, began
+        template, bound, backbone, config, facts, answers, task, parts, items, fields, merge, left_out, method, began
     )
+
+
+def _questions(data: Source) -> Questions:
+    assert not isinstance(data, str | Path)
+    return as_questions(data)
 
 
 def _scored(rows: Questions, task: TaskFile | None) -> Questions:
@@ -141,9 +166,9 @@ def _scored(rows: Questions, task: TaskFile | None) -> Questions:
     return rows if task is None else task.to_score(rows)
 
 
-def method_name(template: Template, tune: Tune) -> str:
+def method_name(template: Template, train_backbone: TrainBackbone) -> str:
     """Return the name of the method that trains this template in this mode."""
-    return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
+    return (LEARNED if template.has_slots else MANUAL) + ALONG[train_backbone]
 
 
 @dataclass(frozen=True)
@@ -164,7 +189,7 @@ class Shown:
         if tokens > room:
             count = len(self.lines)
             fitting = count * room // tokens
-            fewer = f"take fewer (--set examples={fitting})" if fitting else "leave them out, as not even one fits"
+            fewer = f"take fewer (examples={fitting})" if fitting else "leave them out, as not even one fits"
             raise ConfigError(
                 f"the {count} example{'s' * (count > 1)} of [D:examples] take {tokens:,} tokens, and at most half of a "
                 f"row's {bound.max_length:,} (max_length, or what the model reads) is for them; {fewer}"
@@ -200,7 +225,7 @@ def _examples(
     if len(plain) < config.examples:
         raise ConfigError(
             f"[D:examples] shows {config.examples} examples, and {train.name} has {len(plain)} records to learn from; "
-            f"take fewer (--set examples={max(1, len(plain))}), or more records"
+            f"take fewer (examples={max(1, len(plain))}), or more records"
         )
     drawn = random.Random(f"examples {config.seed}").sample(plain, config.examples)
     spoken = [answers.verbalized(record) for record in drawn]
@@ -217,14 +242,47 @@ def _tokens_of(train: Questions, bound: TokenizedTemplate, *, seed: int) -> Iter
         yield chooser.choice(ids)
 
 
-def _checked(spec: TrainSpec) -> TrainSpec:
-    """Look at the rows and labels, unless that was done before; warn of what may be a mistake."""
+def checked(spec: TrainSpec) -> TrainSpec:
+    """Read and check the data, unless that was done before; log notes, and warn of possible mistakes."""
     if spec.checked is not None:
         return spec
-    found = spec.check()
-    for warning in found.checked.warnings if found.checked is not None else ():
-        logger.warning("%s", warning)
-    return found
+    checked = spec.check()
+    for note in checked.notes:
+        logger.info("%s", note)
+    for doubt in checked.checked.warnings if checked.checked is not None else ():
+        logger.warning("%s", doubt)
+    return checked
+
+
+def placed(spec: Spec, backbone: Backbone) -> Spec:
+    """Return a checked training with its final template: made from its manual one, with the slots where they pay, or
+    from the backbone's chat template. Notes say where the slots are.
+    """
+    if spec.chat:
+        questions = _questions(spec.data)
+        system = system_text(questions) if spec.system is None else spec.system
+        return replace(spec, template=chat_template(backbone.tokenizer, system), chat=False, system=None)
+    if spec.manual is None or spec.method is not None:
+        return replace(spec, manual=None)
+    questions, task = _questions(spec.data), spec.task_file
+    is_closed = spec.labels is not None or questions.has_choices or (task is not None and task.answer_space.is_closed)
+    found = place_slots(
+        spec.manual, questions.records, backbone, config=spec.settings, closed=is_closed, about=spec.about
+    )
+    notes = (*spec.notes, found.told) if found.told else spec.notes
+    return replace(spec, template=found.template, manual=None, about=None, notes=notes)
+
+
+def _with_deep_rate(config: TrainConfig, template: Template) -> TrainConfig:
+    """Return the settings, with a given ``lr`` as the rate of deep slots where these alone are trained."""
+    given = config.model_fields_set
+    if "lr" not in given or template.has_input_slots or not template.has_deep:
+        return config
+    if "deep_lr" in given:
+        raise ConfigError("lr and deep_lr are both given, and only deep slots are trained; leave one out")
+    config = config.adapted(deep_lr=config.lr, lr=TrainConfig().lr)
+    config.model_fields_set.discard("lr")
+    return config
 
 
 @dataclass(frozen=True)
@@ -267,11 +325,11 @@ def place_slots(
         return Placement(both)  # nothing is kept, or hardly anything
     times = f"{read / fewer:.1f} times as many (counted on {len(some)} records)"
     if about is not None and about.strip():
-        return Placement(both, f"{front}; without --about it would read {fewer:.0f}, and now reads {times}")
+        return Placement(both, f"{front}; without 'about' it would read {fewer:.0f}, and now reads {times}")
     return Placement(
         behind,
         f"slots stand behind the text: it is read once, and each training pass reads {fewer:.0f} tokens a record; with "
-        f"slots in front as well it would read {read:.0f}, {times}: --template {shlex.quote(str(both))}",
+        f"slots in front as well it would read {read:.0f}, {times}: template '{both}'",
     )
 
 
@@ -296,13 +354,13 @@ def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbo
 
 
 def _trainable(template: Template, config: TrainConfig, backbone: Backbone) -> Template:
-    if not template.has_slots and config.tune == "frozen":
+    if not template.has_slots and config.train_backbone == "none":
         raise TemplateError(
             f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
-            "start from them, let --manual do it, or train something besides (--tune head, tuned or lora)"
+            "start from them, let a manual template do it, or train the backbone (train_backbone=head, full or lora)"
         )
     processes()  # says so, if what a launcher left does not fit
-    if template.has_slots or config.tune == "lora":
+    if template.has_slots or config.train_backbone == "lora":
         _ = backbone.passes_gradients  # says so, if it does not
     return template
 
@@ -330,20 +388,21 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
 
 def _check_choice(config: TrainConfig, answers: AnswerSpace, dev: Questions) -> None:
     """Raise a ConfigError if epochs cannot be chosen by what is asked for."""
-    if config.choose_by in (BY_SCORE, BY_LOSS):
+    metric = config.metric_for_best_model
+    if metric in (BY_SCORE, BY_LOSS):
         return
-    if config.choose_by not in TEXT_METRICS:
+    if metric not in TEXT_METRICS:
         known = (BY_SCORE, BY_LOSS, *TEXT_METRICS)
         raise ConfigError(
-            f"choose_by is '{config.choose_by}', which is no metric.{closest(config.choose_by, known)} "
+            f"metric_for_best_model is '{metric}', which is no metric.{closest(metric, known)} "
             f"Known: {', '.join(known)}"
         )
     if answers.is_closed:
         raise ConfigError(
-            f"choose_by is '{config.choose_by}', a metric for texts that are written, and the answers are "
-            f"{answers.described}; choose by score or loss"
+            f"metric_for_best_model is '{metric}', a metric for texts that are written, and the answers "
+            f"are {answers.described}; choose by score or loss"
         )
-    check_metrics([config.choose_by], dev.records)
+    check_metrics([metric], dev.records)
 
 
 def _with_cut_targets(items: Sequence[Item], name: str, config: TrainConfig) -> list[Item]:
@@ -378,11 +437,13 @@ def _answers(
     scoring = task.answer_space.scoring if task is not None else PLAIN
     if head and words is None:
         raise ConfigError(
-            "a classification head (tune head) chooses among labels, and there are none here; name them (--labels), or "
-            "train without it"
+            "a classification head (train_backbone head) chooses among labels, and there are none "
+            "here; name them (labels), or train without it"
         )
     if head and calibrate:
-        raise ConfigError("calibration is for words of labels, and a classification head (tune head) has none")
+        raise ConfigError(
+            "calibration is for words of labels, and a classification head (train_backbone head) has none"
+        )
     answers = AnswerSpace(words, train.has_choices, scoring, head).scored(calibrate=False if head else calibrate)
     if calibrate and not answers.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")

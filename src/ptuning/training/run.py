@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, derived_seed, start_seed
-from ptuning.data.questions import Questions
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, acts_on, derived_seed, start_seed
+from ptuning.data.checks import Labels, Merge
+from ptuning.data.sources import Source
 from ptuning.data.splits import draw_records
+from ptuning.data.task_files import TaskFile
 from ptuning.engine.ceiling import measure_ceiling
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Deep, Learned
@@ -39,14 +40,13 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.prompt.written import judging
 from ptuning.provenance import described, versions
-from ptuning.records import Rows
 from ptuning.statistics import Score, score
 from ptuning.template.language import Template
 from ptuning.training.identity import identity_of_run, recipe_of
 from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
-from ptuning.training.spec import SpecOptions, TrainSpec
+from ptuning.training.spec import TrainSpec
 from ptuning.training.trainer import Judge, Trainer
 
 FORMAT_VERSION = 1
@@ -66,10 +66,24 @@ class TrainResult:
 
 
 def train(
-    template: str | Template,
-    data: Rows | Questions,
+    template: str | Template | None = None,
+    data: Source | None = None,
     *,
     backbone: Backbone,
+    manual: str | None = None,
+    method: str | None = None,
+    task: TaskFile | str | None = None,
+    pattern: int | None = None,
+    about: str | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    dev: Source | None = None,
+    config: TrainConfig | None = None,
+    labels: Labels | None = None,
+    alias_label: Merge | None = None,
+    strict: bool = False,
+    calibrate: bool | None = None,
+    fields: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -77,33 +91,75 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     ceiling: bool = False,
     command: str | None = None,
-    constants: PrefixCache | None = None,
-    **options: Unpack[SpecOptions],
 ) -> TrainResult:
     """Learn the slot vectors (soft prompt) of a template, on a frozen backbone or together with a copy's weights.
 
+    Makes the same prompt as the command ``ptuning train``. Without a template, it follows from the form of the data.
+    Only settings that act on the training may be given.
+
     Args:
-        template: A pattern with slots, such as ``[P:The capital of] [X] [P:is] [Y]``; without any where the backbone is
-            trained (``tune``).
-        data: Records to learn from, with targets, or questions of a task.
+        template: A pattern such as ``[P:The capital of] [X] [P:is] [Y]``; without slots where the backbone is trained.
+        data: Training records with targets: rows in memory, a file, shipped facts such as ``capitals:train``, a task's
+            folder, or questions. Without targets, the one column that the template does not read is the target.
+        dev: Records for early stopping and for choosing the best epoch; by default a seeded share of ``data``.
+        config: Hyperparameters; by default those of :class:`~ptuning.config.TrainConfig`.
+        labels: Label words (verbalizer) for classification, as ``{"good": ["great", "fine"], "bad": "poor"}`` or as
+            ``good=great,fine;bad=poor``; labels that are their own words as ``["good", "bad"]`` or ``good;bad``;
+            ``auto`` for the targets that the data has. By default the task's.
+        alias_label: Labels to count as others, as ``{"biling": "billing"}`` or ``["biling=billing"]``; ``case`` makes
+            one of labels that differ in capitals and spaces only.
+        strict: Whether possible mistakes in the data are errors.
+        task: The task that ``data`` belongs to, or its name or file. It is saved with the prompt.
+        calibrate: Whether to subtract from each label or choice the score that it gets for an empty record; by default
+            as the task says.
+        method: Kind of prompt made from the manual template (``prompt-tuning``, ``p-tuning-v2``, ...).
+        manual: Manual template that the template is made from; its slots are placed where they pay.
+        about: Noun that names the answer, with ``manual``; it becomes slots at the front.
+        pattern: Number of the task's template, from 1.
+        chat: Whether records are conversations, learned in the model's own chat template.
+        system: System text that the slots of a chat start at.
+        fields: New name -> name in the data.
         backbone: From :func:`ptuning.load_backbone`; it does not change.
         out: Folder for prompt, record, predictions and checkpoint; without it nothing is written.
         resume: Continue from the checkpoint in ``out``; a finished run is returned as it is.
         overwrite: Replace an earlier run in ``out``.
         report: Called with progress.
-        should_stop: Asked after every step, and after every pass that fills the KV cache.
+        should_stop: Called after every step, and after every pass that fills the KV cache.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
-        constants: KV cache that several runs share, which the caller clears.
-        **options: As of :class:`~ptuning.training.spec.TrainSpec`.
 
     Raises:
         PTuningError: Of the stage at fault; before training starts, with nothing written.
         Interrupted: If ``should_stop`` returned true; a checkpoint was written.
+
+    Example:
+        >>> train(data="capitals:train", manual="The capital of [X] is [Y]", backbone=backbone)  # doctest: +SKIP
     """
-    prepared = prepare(TrainSpec(template, data, **options), backbone)
+    if data is None:
+        raise ConfigError("there is no data to learn from (data)")
+    if resume and overwrite:
+        raise ConfigError("resume goes on with the earlier run that overwrite would replace; leave one out")
+    spec = TrainSpec(
+        template,
+        data,
+        dev,
+        config,
+        labels,
+        alias_label,
+        strict,
+        task,
+        calibrate,
+        method,
+        manual,
+        about,
+        pattern,
+        chat,
+        system,
+        fields,
+    )
+    prepared = prepare(spec, backbone)
     run = TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, ceiling=ceiling, command=command)
-    return run.train(report=report, should_stop=should_stop, prefix_cache=constants)
+    return run.train(report=report, should_stop=should_stop)
 
 
 class TrainingRun:
@@ -131,7 +187,7 @@ class TrainingRun:
         if resume and out is None:
             raise ConfigError("there is nothing to resume without the folder of the run (out)")
         if ceiling and prepared.backbone.shards is not None:
-            raise ConfigError("the bare backbone is timed in one process (--measure-ceiling); leave it out, or --shard")
+            raise ConfigError("the bare backbone is timed in one process; leave out ceiling, or shard")
         self.prepared, self.config, self.items = prepared, prepared.config, prepared.items
         self.record = _first_record(prepared, command)
         self.identity = identity_of_run(self.record)
@@ -162,7 +218,7 @@ class TrainingRun:
         share, disk = self.config.prefix_cache_share, self.config.prefix_cache_bytes
         cache = shared or PrefixCache(self.prepared.backbone, memory_share=share, disk_bytes=disk)
         with cache as kept:
-            for number in range(self.config.starts):
+            for number in range(self.config.num_restarts):
                 trainer = self.trainer(number, checkpoint=self._checkpoint(number), prefix_cache=kept)
                 if not number:
                     self.clear()
@@ -184,7 +240,7 @@ class TrainingRun:
         found = Trainer(
             self.prepared.backbone,
             self.prepared.bound,
-            config=replace(self.config, seed=start_seed(self.config.seed, number)),
+            config=self.config.adapted(seed=start_seed(self.config.seed, number)),
             checkpoint=checkpoint,
             identity=self.identity,
             judge=_judge(self.prepared, self.items["train"]),
@@ -212,7 +268,7 @@ class TrainingRun:
     @property
     def is_trained(self) -> bool:
         """Whether all starts were trained."""
-        return len(self._starts) == self.config.starts
+        return len(self._starts) == self.config.num_restarts
 
     def result(self, *, more: Mapping[str, Json] | None = None) -> TrainResult:
         """Return the result, and write it to the folder, if there is one; ``more`` goes into the record."""
@@ -222,7 +278,7 @@ class TrainingRun:
         seconds = time.monotonic() - prepared.began + self._seconds_before
         dev_score = _dev_score(best, len(self.items["dev"]))
         record |= {**_outcome(best, seconds=seconds), "dev_score": dev_score.to_json(), **(more or {})}
-        if self.config.starts > 1:
+        if self.config.num_restarts > 1:
             record["starts"] = [self._starts[number] for number in sorted(self._starts)]
         if best.learner.ranks.size > 1:
             record["data_ranks"] = best.learner.ranks.size
@@ -270,7 +326,7 @@ def _saved_deep(deep: Deep | None, config: TrainConfig) -> Deep | None:
 
 def _judge(prepared: Prepared, learned_from: Sequence[Item]) -> Judge | None:
     """Return what scores the texts that are written after an epoch; None if it is chosen by score or loss."""
-    metric, seed = prepared.config.choose_by, prepared.config.seed
+    metric, seed = prepared.config.metric_for_best_model, prepared.config.seed
     if metric in (BY_SCORE, BY_LOSS):
         return None
     records = draw_records(prepared.parts["dev"].records, JUDGED_RECORDS, seed=seed)
@@ -292,7 +348,7 @@ def _dev_score(trainer: Trainer, n: int) -> Score:
 
 def _needed_bytes(trainer: Trainer) -> int:
     """Return the bytes that a run needs on disk while it trains. A file is written before the old one is removed."""
-    starts = trainer.config.starts
+    starts = trainer.config.num_restarts
     learner = trainer.learner
     weights = [*learner.encoder.parameters(), *(learner.deep_encoder.parameters() if learner.deep_encoder else ())]
     encoder = 4 * sum(int(weight.numel()) for weight in weights)
@@ -317,7 +373,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     settings: dict[str, Json] = {
         "template": str(template),
         "label_words": words.to_json() if words else None,
-        **config.to_json(),
+        **{name: value for name, value in config.to_json().items() if acts_on(name, prepared.facts)},
         "dtype": short_name(backbone.dtype),
         "device": str(backbone.device),
     }
@@ -330,7 +386,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "format_version": FORMAT_VERSION,
         "command": command,
         "method": prepared.method,
-        "tune": config.tune,
+        "train_backbone": config.train_backbone,
         "recipe": _recipe(prepared),
         "settings": settings,
         "labels": list(words.labels) if words else None,
@@ -360,7 +416,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
     state, learner = trainer.state, trainer.learner
     return {
         "trainable_parameters": learner.trainable_parameters,
-        "frozen_parameters": 0 if learner.config.tune == "tuned" else learner.frozen.parameters,
+        "frozen_parameters": 0 if learner.config.train_backbone == "full" else learner.frozen.parameters,
         "slots": learner.bound.slots,
         **({"deep": trainer.best_deep.to_json()} if trainer.best_deep is not None else {}),
         "start": dict(state.start),

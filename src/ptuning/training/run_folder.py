@@ -56,7 +56,7 @@ def _check_finished(run: Unchecked) -> None:
         run.at(name).number()
     for name in ("tokens_per_second", "ceiling_tokens_per_second"):
         run.optional(name, Unchecked.number)
-    run.at("tune").one_of(tuple(ALONG))
+    run.at("train_backbone").one_of(tuple(ALONG))
     run.at("choice_rule").text()
     dev = run.at("data").at("dev")
     dev.at("rows").whole()

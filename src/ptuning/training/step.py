@@ -79,7 +79,7 @@ class Learner:
             raise TrainingError(f"the backbone '{frozen.name}' is not frozen; call its freeze() first")
         self.frozen, self.bound, self.config = frozen, bound, config
         self.backbone = to_train(frozen, config)
-        self.weights = trained_parameters(self.backbone, config.tune)
+        self.weights = trained_parameters(self.backbone, config.train_backbone)
         self.ranks = DataRanks.of(frozen)
         self._made: dict[int, tuple[Learned, Learned]] = {}
         self.stacked: tuple[StackedEncoders, Tensor] | None = None
@@ -124,9 +124,11 @@ class Learner:
 
     def trained_weights(self) -> TrainedWeights | None:
         """Return what training has made of the backbone's weights; None if the backbone stayed frozen."""
-        if self.config.tune == "frozen":
+        if self.config.train_backbone == "none":
             return None
-        found = TrainedWeights.of(self.backbone, self.frozen, tune=self.config.tune, keep=self.config.keep)
+        found = TrainedWeights.of(
+            self.backbone, self.frozen, train_backbone=self.config.train_backbone, keep=self.config.save_weights
+        )
         self.backbone.trained = found.mark
         return found
 

@@ -159,7 +159,7 @@ def _tidy(folder: Path, *, resume: bool) -> None:
 
 def fleet_units(prompts: Sequence[FleetPrompt], *, at_once: int = AT_ONCE) -> list[Unit]:
     """Return the prompts, cut into what trains together. It depends on the prompts and on ``at_once`` alone."""
-    weights = [prompt.settings.starts for prompt in prompts]
+    weights = [prompt.settings.num_restarts for prompt in prompts]
     names = [prompt.name for prompt in prompts]
     return [
         Unit(f"fleet {number}", tuple(some), CHECKPOINT_FOLDER + (f"-{number}" if number > 1 else ""))
@@ -337,10 +337,12 @@ def fleet_runs(
         run.clear()
     if checkpoint is not None and not resume and this_writes():
         remove(checkpoint, FLEET_CHECKPOINT)
-    owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
+    owners = {
+        _member_name(name, number): name for name, run in runs.items() for number in range(run.config.num_restarts)
+    }
     fleet = Fleet(
         next(iter(runs.values())).prepared.backbone,
-        [_member(name, run, number) for name, run in runs.items() for number in range(run.config.starts)],
+        [_member(name, run, number) for name, run in runs.items() for number in range(run.config.num_restarts)],
         at_once=at_once,
         memory_share=max(run.config.cache_memory for run in runs.values()),
         disk_bytes=max(run.config.prefix_cache_bytes for run in runs.values()),
@@ -370,10 +372,10 @@ def fleet_runs(
 
 def _check_frozen(runs: Mapping[str, TrainingRun]) -> None:
     for name, run in runs.items():
-        if run.config.tune != "frozen":
+        if run.config.train_backbone != "none":
             raise ConfigError(
-                f"prompt '{name}': tune is {run.config.tune}, and prompts of a fleet share one frozen backbone; train "
-                "it alone"
+                f"prompt '{name}': train_backbone is {run.config.train_backbone}, and prompts of a fleet share one "
+                "frozen backbone; train it alone"
             )
 
 

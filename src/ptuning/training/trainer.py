@@ -49,7 +49,7 @@ class Trainer:
     Args:
         checkpoint: Folder of the checkpoint; None writes none.
         identity: What must be equal for a checkpoint to be resumed: template, data, backbone, settings.
-        judge: The metric that chooses, where it is a metric for texts (``choose_by``); without one the score does.
+        judge: Computes the generation metric that chooses the best epoch, if it is one (``metric_for_best_model``).
         prefix_cache: KV cache that several prompts share, which the caller clears; by default its own, cleared after
             :meth:`fit`.
 
@@ -193,7 +193,7 @@ class Trainer:
             f"training '{in_a_line(str(self.learner.bound.template))}' was lost: the development loss, "
             f"{state.start['dev_loss']:.3f} before training, was {losses} after each epoch"
         )
-        if len(state.lost) == self.config.restarts:
+        if len(state.lost) == self.config.retries_on_divergence:
             logger.warning("%s; the prompt is its start. Try a lower learning rate (--lr) or another --seed", what)
             return
         state.start_anew()
@@ -277,7 +277,7 @@ class Trainer:
     @property
     def _metric(self) -> str:
         """What epochs are chosen by; a metric for texts only where there is one who judges."""
-        name = self.config.choose_by
+        name = self.config.metric_for_best_model
         return name if name == BY_LOSS or self._judge is not None else BY_SCORE
 
     @property

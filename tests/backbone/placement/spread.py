@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,14 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.train_fleet import train_fleet
 from tests.conftest import RECORDS, WARM
 
-FAST = TrainConfig(epochs=1, batch_size=3, lr=0.01, patience=99)
+FAST = TrainConfig(epochs=1, batch_size=3, lr=0.01, patience=99).as_defaults()
 LABELLED: list[Record] = [{**row, "y": "ab"[number % 2]} for number, row in enumerate(RECORDS)]
 PROMPTS = (
     FleetPrompt("warm", WARM, RECORDS, config=FAST),
-    FleetPrompt("free", "[P*2] [X] [Y]", RECORDS, config=replace(FAST, encoder="none", seed=1)),
-    FleetPrompt("deep", "[P] [X] [D:is] [Y]", RECORDS, config=replace(FAST, batch_size=2)),
+    FleetPrompt("free", "[P*2] [X] [Y]", RECORDS, config=FAST.adapted(encoder="none", seed=1)),
+    FleetPrompt("deep", "[P] [X] [D:is] [Y]", RECORDS, config=FAST.adapted(batch_size=2)),
     FleetPrompt("labels", "[P] [X] [Y]", LABELLED, config=FAST, labels="a=yes;b=a good film"),
-    FleetPrompt("written", "[P:The] [X] [Y]", RECORDS, config=replace(FAST, choose_by="bleu")),
+    FleetPrompt("written", "[P:The] [X] [Y]", RECORDS, config=FAST.adapted(metric_for_best_model="bleu")),
 )
 
 

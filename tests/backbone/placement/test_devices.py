@@ -111,9 +111,9 @@ def test_two_prompts_with_adapters_on_a_model_in_memory(tmp_path: Path) -> None:
     model = build_model("llama", tokenizer)
     before = state(model)
     backbone = Backbone.from_model(model, tokenizer, name="mine")
-    for tune in ("lora", "tuned"):
-        config = TrainConfig(epochs=1, tune=tune)
-        found = train(WARM, RECORDS, backbone=backbone, out=tmp_path / tune, config=config)
+    for train_backbone in ("lora", "full"):
+        config = TrainConfig(epochs=1, train_backbone=train_backbone)
+        found = train(WARM, RECORDS, backbone=backbone, out=tmp_path / train_backbone, config=config)
         assert found.prompt.backbone is not None
         assert found.prompt.backbone.name == "mine"
     assert state(model) == before
@@ -165,9 +165,15 @@ def test_layers_on_the_disk_give_the_same_numbers(
 def test_what_offloaded_weights_cannot_do_is_refused(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Training the weights themselves, before a step is run."""
     split = load_backbone(str(model_folder("llama")), device_map=SPLIT)
-    for tune in ("lora", "tuned"):
+    for train_backbone in ("lora", "full"):
         with pytest.raises(BackboneError, match=r"some of its weights are offloaded, and only a prompt's slots can be"):
-            train(WARM, RECORDS, backbone=split, out=tmp_path / tune, config=TrainConfig(tune=tune))
+            train(
+                WARM,
+                RECORDS,
+                backbone=split,
+                out=tmp_path / train_backbone,
+                config=TrainConfig(train_backbone=train_backbone),
+            )
     with pytest.raises(BackboneError, match="offloaded"):
         split.with_random_weights(seed=0)
 

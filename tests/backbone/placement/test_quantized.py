@@ -202,7 +202,7 @@ def test_what_quantised_weights_cannot_do_is_refused(quantize: str, load: Callab
     """Training the weights, and drawing them anew; before a step is run."""
     packed = load(quantize)
     with pytest.raises(BackboneError, match=r"its weights are quantised \(.*\), so they cannot be trained or"):
-        train(WARM, RECORDS, backbone=packed, config=TrainConfig(tune="tuned"))
+        train(WARM, RECORDS, backbone=packed, config=TrainConfig(train_backbone="full"))
     with pytest.raises(BackboneError, match="or load it without --quantize"):
         packed.with_random_weights(seed=0)
 

@@ -102,7 +102,7 @@ def test_the_command_trains_over_two_processes(folders: dict[str, Path], tmp_pat
             stack.enter_context(
                 forked(
                     "import runpy\nrunpy.run_module('ptuning', run_name='__main__', alter_sys=True)\n",
-                    *words, "--shard", "tp", "--out", tmp_path / "spread",
+                    *words, "--model-arg", "shard=tp", "--out", tmp_path / "spread",
                     folder=tmp_path / f"said-{rank}", environment=told,
                 )
             )
@@ -152,7 +152,9 @@ def test_what_does_not_go_together(options: dict[str, Any], message: str, folder
 
 
 def test_commands_of_one_process_refuse_it(folders: dict[str, Path]) -> None:
-    found = call("eval", "manual:[X] is [Y]", "--data", "capitals:dev", "--backbone", folders["llama"], "--shard", "tp")
+    found = call(
+        "eval", "manual:[X] is [Y]", "--data", "capitals:dev", "--backbone", folders["llama"], "--model-arg", "shard=tp"
+    )
     assert found.code == 2
     assert "--shard tp is for train and fleet" in found.err
 

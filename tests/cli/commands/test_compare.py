@@ -106,7 +106,7 @@ def test_lama_with_all_options(llama: str) -> None:
     out = works(
         *lama(llama, "--methods", "majority,p-tuning,p-tuning@random-weights", "--seeds", 2, "--arg", "tries=2"),
         *("--task", "1-1", "--vocabulary", "words.txt", "--arg", "limit=12", "--train-size", 6),
-        *("--arg", "split-seed=3", "--arg", "targets=token", "--set", "encoder=none", "--set", "starts=2"),
+        *("--arg", "split-seed=3", "--arg", "targets=token", "--set", "encoder=none", "--set", "num_restarts=2"),
         *("--template", "@learn.txt", "--set", "seed=5"),
     )
     assert "P36 (n = records)" in out
@@ -118,7 +118,15 @@ def test_lama_with_all_options(llama: str) -> None:
     ]  # fmt: skip
     task = results["task_info"]["P36"]
     assert (task["data"]["train"]["rows"], task["template"]) == (6, "[P*2] [X]\n[P*2] [Y]")
-    wanted = {"limit": 12, "train_size": 6, "split_seed": 3, "seeds": 2, "tries": 2, "starts": 2, "encoder": "none"}
+    wanted = {
+        "limit": 12,
+        "train_size": 6,
+        "split_seed": 3,
+        "seeds": 2,
+        "tries": 2,
+        "num_restarts": 2,
+        "encoder": "none",
+    }
     assert wanted.items() <= results["settings"].items()
 
 
@@ -252,7 +260,7 @@ def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> Non
         (("--methods", ","), ["no methods"]),
         (("--arg", "tries=9"), ["9", "5"]),
         (("--arg", "trys=2"), ["'trys'", "'tries'"]),
-        (("--set", "tune=tuned"), ["tune", "fine-tuning"]),
+        (("--set", "train_backbone=full"), ["train_backbone", "fine-tuning"]),
         (("--set", "epoch=3"), ["'epoch'", "epochs"]),
         (("--vary", "encoder=gru"), ["encoder", "'gru'"]),
         (("--vocabulary", "words.txt"), ["words.txt"]),
@@ -326,8 +334,8 @@ def test_parts_say_what_collects_them(llama: str) -> None:
         (("--part", "first"), "part 'first' is not K/N"),
         (("--gpus-per-worker", "0.5"), "--gpus-per-worker goes with --workers or --ray"),
         (("--workers", "2", "--gpus-per-worker", "-1"), "gpus of a worker is -1"),
-        (("--workers", "2", "--shard", "tp"), "workers have a whole backbone each: leave out --shard tp"),
-        (("--shard", "tp"), "--shard tp is for train and fleet"),
+        (("--workers", "2", "--model-arg", "shard=tp"), "workers have a whole backbone each: leave out --shard tp"),
+        (("--model-arg", "shard=tp"), "shard=tp is for train and fleet"),
     ],
 )
 def test_a_command_that_cannot_be_divided_so_runs_nothing(llama: str, options: tuple[str, ...], said: str) -> None:

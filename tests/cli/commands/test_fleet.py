@@ -10,7 +10,6 @@ import pytest
 
 from tests.cli.test_app import call, fails, works
 from tests.experiment.test_compare import FACTS, lines
-from tests.messages import write_mail
 
 CONFIG = """
 [all]
@@ -89,12 +88,12 @@ def test_a_finished_fleet_takes_further_prompts_in(llama: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("epochs = 1", "epochs = 0", ["prompt 'facts-seed=0'", "epochs", "from 1"]),
+        ("epochs = 1", "epochs = 0", ["prompt 'facts-seed=0'", "epochs", "epochs"]),
         ('data = "kinds.jsonl"', 'data = "kind.jsonl"', ["prompt 'kinds'", "kind.jsonl"]),
         ('manual = "[X] is [Y] ."', "", ["prompt 'facts-seed=0'", "template", "manual"]),
         ('manual = "[X] is [Y] ."', 'manual = "[X] is"', ["prompt 'facts-seed=0'", "[Y]"]),
         ('bad = "no"', "bad = 3", ["prompt 'kinds'", "'labels.bad' must be a list of texts", "is 3"]),
-        ("epochs = 1", 'tune = "lora"', ["prompt 'facts-seed=0'", "frozen backbone"]),
+        ("epochs = 1", 'train_backbone = "lora"', ["prompt 'facts-seed=0'", "frozen backbone"]),
         ('name = "kinds"', 'name = "a/b"', ["a/b", "folder"]),
     ],
 )
@@ -103,30 +102,6 @@ def test_bad_input_names_the_prompt_and_leaves_nothing(llama: str, old: str, new
     path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
     fails(*fleet(llama), says=says)
     assert not Path("out").exists()
-
-
-def test_labels_are_found_and_merged_and_slots_stand_behind_the_text(llama: str) -> None:
-    """Where the slots stand is said once for prompts with the same sentence and data."""
-    write_mail(Path("configs"))
-    Path("configs/fleet.toml").write_text(
-        "[all]\ndata = 'mail.csv'\nmanual = '{message} This is for [Y]'\nlabels = 'auto'\nepochs = 1\n"
-        "[[prompt]]\nname = 'left'\nseed = [0, 1]\n"
-        "[[prompt]]\nname = 'merged'\nmerge = {biling = 'billing'}\n",
-        encoding="utf-8",
-    )
-    done = call(*fleet(llama))
-    assert done.code == 0, done.err
-    assert done.err.count("slots stand behind the text") == 2  # one row more is counted in the other
-    assert "left-seed=0 and 1 more: slots stand behind the text: it is read once" in done.err
-    assert "merged: slots stand behind the text" in done.err
-    assert done.err.count("'biling' looks like 'billing'") == 1
-    for name, merge in (("left-seed=0", []), ("merged", ["biling=billing"])):
-        record = json.loads(Path("out", name, "run.json").read_text(encoding="utf-8"))
-        assert (record["merge"], len(record["labels"])) == (merge, 4)
-    with Path("configs/fleet.toml").open("a", encoding="utf-8") as file:
-        file.write("strict = true\n")
-    says = ["prompt 'merged'", "--strict", "lines 13, 58"]
-    fails(*fleet(llama, "--overwrite"), says=says)
 
 
 def test_a_prompt_that_comes_to_nothing_ends_with_exit_code_1(llama: str) -> None:

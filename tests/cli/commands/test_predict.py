@@ -45,7 +45,7 @@ def test_json_has_the_probabilities_of_all_labels(llama: str) -> None:
     assert sum(found["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
     assert next(iter(found["probabilities"])) == found["prediction"] == found["candidates"][0]["text"]
     assert found["probabilities"][found["prediction"]] == pytest.approx(math.exp(found["candidates"][0]["log_prob"]))
-    (shown,) = works("predict", "moods", TEXTS[0], "--top-k", "3", "--backbone", llama).splitlines()
+    (shown,) = works("predict", "moods", TEXTS[0], "--num-answers", "3", "--backbone", llama).splitlines()
     assert shown == "\t".join(f"{name} ({value:.3f})" for name, value in found["probabilities"].items())
 
 
@@ -119,7 +119,14 @@ def test_nothing_is_overwritten_unasked(llama: str) -> None:
     fails(*args, "--out", "a.txt", says=["cannot tell the format of a.txt"])
     fails(*args, "--overwrite", says=["--overwrite is for the file of the answers; name it with --out"])
     fails(*args, "--out", "a.csv", "--json", says=["--json prints answers, and --out FILE writes them"])
-    fails(*args, "--out", "a.csv", "--top-k", "2", says=["a CSV has one answer for each row; leave --top-k out"])
+    fails(
+        *args,
+        "--out",
+        "a.csv",
+        "--num-answers",
+        "2",
+        says=["a CSV has one answer for each row; leave --num-answers out"],
+    )
     fails("predict", "moods", "--data", "done.csv", "--out", "a.csv", "--backbone", "not looked for",
           says=["the data has a column 'prediction' already; rename it there, or write .jsonl"])  # fmt: skip
     works(*args, "--out", "answers.csv", "--overwrite", "--backbone", llama)
@@ -199,7 +206,7 @@ def test_texts_that_are_empty_are_said(llama: str) -> None:
     fails("predict", "moods", "", says=["the TEXT is empty, so there is nothing to answer"])
     done = call("predict", "moods", "-", "--backbone", llama, stdin=b"a\n\nb\n")
     assert len(done.out.splitlines()) == 3
-    assert "warning: standard input, line 2: the text is empty, so the answer says nothing of it" in done.err
+    assert "warning: standard input, line 2: the text is empty, so the prediction is meaningless" in done.err
     rows = [{"a": "x", "b": " "}] * 7
     write_lines(Path("mail.jsonl"), rows)
     said = call("predict", "two", "--data", "mail.jsonl", "--backbone", llama).err

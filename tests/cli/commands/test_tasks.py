@@ -102,35 +102,13 @@ def test_check_ends_with_2_where_something_must_be_mended(model_folder: Callable
     fails("task", "check", "bad.toml", says=["bad.toml: "])
 
 
-def test_train_eval_and_predict_with_label_words(llama: str) -> None:
-    args = ("--task", "moods.toml", "--data", "d", "--pattern", 2, "--backbone", llama, "--out", "run", *QUICK)
-    works("train", *args)
-    record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
-    assert (record["task"]["name"], record["task"]["version"]) == ("moods", "3")
-    assert record["settings"]["template"] == "Text: {text} [P:All in all,] [Y]."
-    assert record["settings"]["label_words"] == {"good": ["great"], "bad": ["terrible"]}
-    assert [record["data"][part]["name"] for part in ("train", "dev")] == [
-        "d/moods/train.jsonl", "d/moods/dev32.jsonl"
-    ]  # fmt: skip
-    # The prompt carries its task: neither the file nor the option is needed any more.
-    Path("moods.toml").unlink()
-    scored = json.loads(works("eval", "run", "--data", "d:val", "--json"))
-    assert (scored["data"]["name"], set(scored["scores"])) == ("d/moods/val.jsonl", {"accuracy"})
-    found = lines_of(works("predict", "run", "--data", "d:test", "--json"))
-    assert {row["prediction"] for row in found} <= {"good", "bad"}
-    assert works("predict", "run", "a film").strip() in ("good", "bad")
-    calibrated = json.loads(works("eval", "run", "--data", "d", "--calibrate", "--json"))
-    assert calibrated["loss"] != scored["loss"]
-    works("inspect", "run", "--data", "d:val")
-
-
 def test_train_eval_and_predict_with_choices(llama: str) -> None:
     works("train", "--task", "choose.toml", "--data", "d/choose/train.jsonl", "--dev", "d:val", "--backbone", llama,
-          "--out", "run", "--calibrate", *QUICK)  # fmt: skip
+          "--out", "run", "--set", "calibrate=true", *QUICK)  # fmt: skip
     prompt = Prompt.load("run")
     assert (prompt.answer_space.has_choices, prompt.calibrate) == (True, True)
     assert '"accuracy"' in works("eval", "run", "--data", "d:val", "--json", "--no-calibrate", "--normalise", "mean")
-    found = lines_of(works("predict", "run", "--data", "d:test", "--json", "--top-k", 2))
+    found = lines_of(works("predict", "run", "--data", "d:test", "--json", "--num-answers", 2))
     assert [sorted(one["text"] for one in row["candidates"]) for row in found] == [["a good film", "yes"]] * 8
     given = b'{"x": "Kenya", "a": "Nairobi", "b": "no"}\n'
     assert works("predict", "run", "--data", "-", stdin=given).strip() in ("Nairobi", "no")
@@ -177,23 +155,6 @@ def test_manual_prompts_of_a_task(name: str, llama: str) -> None:
     for prompt in ("manual:", "manual:1", f"manual:{'{text} [Y]' if name == 'moods' else '[X]: [Y]'}"):
         out = works("eval", prompt, "--task", f"{name}.toml", "--data", "d", "--backbone", llama, "--json")
         assert set(json.loads(out)["scores"]) == {"accuracy"}
-
-
-def test_bad_input(llama: str) -> None:
-    out = ("--backbone", llama, "--out", "run")
-    fails("train", "--data", "d", *out, says=["--template", "--manual", "--task"])
-    task = ("--task", "moods.toml", "--data", "d")
-    fails("train", *task, "--pattern", 3, *out, says=["the task moods has the patterns 1 to 2, not 3"])
-    fails("train", *task, "--pattern", 1, "--manual", "{text} [Y]", *out, says=["--pattern is the number of a task's"])
-    fails("train", *task, "--template", "{text} [P] [Y]", "--manual", "{text} [Y]", *out, says=["give either"])
-    fails("train", *task, "--field", "y=label", *out, says=["--field goes without a task"])
-    fails("train", "--task", "moods.toml", "--data", "e", *out, says=["no such data: e", "DIR:val"])
-    fails("eval", "manual:", *task, "--task", "RTE", "--backbone", llama, says=["no 'val' part of the task RTE in d"])
-    write_lines(Path("d/moods/train.jsonl"), [{"text": "a", "label": 2}])
-    fails("train", *task, *out, says=["d/moods/train.jsonl, line 1: the label is '2'", "0, 1"])
-    fails(
-        "predict", "manual:[X] [Y]", "a", "--calibrate", "--backbone", llama, says=["(--calibrate) is for label words"]
-    )
 
 
 def test_the_list_names_each_task_with_its_kind_of_answers(printed: Callable[[], tuple[str, str]]) -> None:

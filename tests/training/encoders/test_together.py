@@ -33,11 +33,11 @@ from tests.training.fleets import EVERY, FACTS, FAST, TEXTS
 # Of each kind several, with other numbers of slots, rates and batches; and one that draws dropout.
 MORE = (
     *EVERY,
-    FleetPrompt("free-too", "[P*2] [X] [Y]", FACTS, config=replace(FAST, encoder="none", lr=0.03, weight_decay=0.1)),
-    FleetPrompt("mlp", "[P*4] [X] [P:is] [Y]", TEXTS, config=replace(FAST, encoder="mlp", max_grad_norm=0.01)),
-    FleetPrompt("mlp-too", "[P] [X] [Y]", FACTS, config=replace(FAST, encoder="mlp", batch_size=2, epochs=3)),
-    FleetPrompt("drops", "[P] [X] [Y]", FACTS, config=replace(FAST, encoder="mlp", dropout=0.3)),
-    FleetPrompt("deep", "[P] [X] [D:is] [Y]", FACTS, config=replace(FAST, encoder="none")),
+    FleetPrompt("free-too", "[P*2] [X] [Y]", FACTS, config=FAST.adapted(encoder="none", lr=0.03, weight_decay=0.1)),
+    FleetPrompt("mlp", "[P*4] [X] [P:is] [Y]", TEXTS, config=FAST.adapted(encoder="mlp", max_grad_norm=0.01)),
+    FleetPrompt("mlp-too", "[P] [X] [Y]", FACTS, config=FAST.adapted(encoder="mlp", batch_size=2, epochs=3)),
+    FleetPrompt("drops", "[P] [X] [Y]", FACTS, config=FAST.adapted(encoder="mlp", dropout=0.3)),
+    FleetPrompt("deep", "[P] [X] [D:is] [Y]", FACTS, config=FAST.adapted(encoder="none")),
 )
 
 
@@ -175,7 +175,7 @@ def test_one_prompts_failure_does_not_end_the_others(
     broken: str, causal: Backbone, monkeypatch: pytest.MonkeyPatch, everywhere: None
 ) -> None:
     """A loss that is no number, and a rate that float32 cannot hold."""
-    wrong = replace(MORE[-4], config=replace(MORE[-4].settings, lr=1e38 if broken == "rate" else 0.01, seed=7))
+    wrong = replace(MORE[-4], config=MORE[-4].settings.adapted(lr=1e38 if broken == "rate" else 0.01, seed=7))
     real = Learner.check_loss
 
     def check(self: Learner, value: float, what: str) -> None:
@@ -193,7 +193,7 @@ def test_one_prompts_failure_does_not_end_the_others(
 def test_passes_that_do_not_fit_are_run_again_with_the_same_result(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch, everywhere: None
 ) -> None:
-    prompts = [replace(one, config=replace(one.settings, cache_memory=0.0)) for one in (MORE[-5], MORE[-3], MORE[0])]
+    prompts = [replace(one, config=one.settings.adapted(cache_memory=0.0)) for one in (MORE[-5], MORE[-3], MORE[0])]
     wanted = train_fleet(prompts, backbone=causal)
     ran = small_memory(monkeypatch, 30)
     found = train_fleet(prompts, backbone=causal)
@@ -216,8 +216,8 @@ def test_the_memory_rule_counts_what_a_step_together_holds(
         return real(steps)
 
     monkeypatch.setattr(fleet, "take_steps", spy)
-    config = replace(FAST, encoder=kind, epochs=1)
-    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(config, seed=n)) for n in range(6)]
+    config = FAST.adapted(encoder=kind, epochs=1)
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=config.adapted(seed=n)) for n in range(6)]
     one = sum(weight.numel() for weight in make(torch.randn(2, causal.width), kind).parameters())
     monkeypatch.setattr(fleet, "total_bytes", lambda _: 4.05 * one * bytes_per_weight / fleet.STATE_SHARE)
     assert len(train_fleet(prompts, backbone=causal).results) == 6

@@ -12,14 +12,14 @@ import typer
 
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.comparisons import show_cell, show_estimates, show_jobs, show_part, show_results, shown
-from ptuning.cli.options import AskedBackbone, fields_of, named_values, setting_name
-from ptuning.cli.shares import Shares, shares_of
-from ptuning.cli.templates import notice_line_breaks, read_template, template_pair
+from ptuning.cli.inputs import notice_line_breaks, text_or_file
+from ptuning.cli.options import AskedBackbone, Shares, fields_of, named_values, setting_name, shares_of
 from ptuning.config import setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.metrics.generation import TEXT_METRICS
 from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
+from ptuning.training.spec import template_pair
 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellResult
@@ -117,7 +117,7 @@ def compare(
     --manual "The capital of [X] is [Y]" --out runs/capitals
     """
     given: dict[str, Any] = {
-        "test": test, "dev": dev, "task": task, "manual": _template(manual), "template": _template(template),
+        "test": test, "dev": dev, "task": task, "manual": text_or_file(manual), "template": text_or_file(template),
         "labels": labels, "merge": merge, "vocabulary": vocabulary, "train_size": train_size, "metrics": metrics,
         "by": by, "field": field,
     }  # fmt: skip
@@ -169,11 +169,6 @@ def compare(
         show_results(results)
     if results.failed:
         raise typer.Exit(1)
-
-
-def _template(text: str | None) -> str | None:
-    """Return a template given as text or as ``@FILE``."""
-    return read_template(Path(text[1:])) if text is not None and text.startswith("@") else text
 
 
 def _extra(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:

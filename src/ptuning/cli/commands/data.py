@@ -11,23 +11,23 @@ from rich.markup import escape
 
 from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
-from ptuning.cli.chat import check_system, shown_conversation
-from ptuning.cli.inputs import load_tokenizer
+from ptuning.cli.inputs import load_tokenizer, notice_line_breaks, read_template
 from ptuning.cli.options import (
+    TEMPLATE,
     AskedBackbone,
-    ChatOption,
     JsonOption,
-    SystemOption,
     TemplateFileOption,
+    option,
     takes,
     tokenizer_options,
 )
-from ptuning.cli.templates import chat_template_of, notice_line_breaks, read_template
 from ptuning.errors import ConfigError, RecordError
 from ptuning.records import TARGET_FIELD
 
 if TYPE_CHECKING:
     from ptuning.backbone.tokenizer import TextTokenizer
+    from ptuning.data.questions import Questions
+    from ptuning.data.reading import RawRows
     from ptuning.files import Json
 
 # The columns of the table of backbones on a terminal; docs/backbones.md has all.
@@ -65,8 +65,10 @@ def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
 def show_template(
     template: Annotated[str | None, typer.Argument(metavar="[TEMPLATE]")] = None,
     template_file: TemplateFileOption = None,
-    chat: ChatOption = False,
-    system: SystemOption = None,
+    chat: Annotated[bool, option("--chat", panel=TEMPLATE, about="Show the model's own chat template.")] = False,
+    system: Annotated[
+        str | None, option(metavar="TEXT", panel=TEMPLATE, about="With --chat: the system text that slots start at.")
+    ] = None,
     record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Show the first record of a data file.")] = None,
     as_json: JsonOption = False,
@@ -81,7 +83,8 @@ def show_template(
     from ptuning.data.reading import as_read, load_rows, raw_rows
     from ptuning.template.language import Template
 
-    check_system({"chat": chat, "system": system})
+    if system is not None and (not chat or not system.strip()):
+        raise ConfigError("--system is the system text of --chat; leave it out for the chat template's own")
     if (template is not None) + (template_file is not None) + chat != 1:
         raise ConfigError("give either a TEMPLATE, or --template-file, or --chat")
     if record is not None and data is not None:
@@ -94,12 +97,16 @@ def show_template(
         if len(rows) != 1:
             raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
     is_chat = parsed is None or parsed.has_conversation
-    asked = shown_conversation(rows) if rows is not None and is_chat else None
+    asked = _first_conversation(rows) if rows is not None and is_chat else None
     tokenizer, kind = load_tokenizer(backbone)
     notice_line_breaks(pattern, tokenizer)
     from ptuning.template.encode import TokenizedTemplate
 
-    parsed = chat_template_of(tokenizer, asked, system) if parsed is None else parsed
+    if parsed is None:
+        from ptuning.data.conversations import system_text
+        from ptuning.template.chat import chat_template
+
+        parsed = chat_template(tokenizer, system_text(asked) if system is None and asked is not None else system)
     row: dict[str, str] = {name: name for name in parsed.fields}
     if rows is not None:
         row = dict(as_read(rows)[0] if asked is None else asked[-1].record)
@@ -114,6 +121,18 @@ def show_template(
     target = row.get(TARGET_FIELD, "")
     if target.strip() and not bound.examples([row])[0].known:
         terminal.say(f"warning: the target '{target}' is unknown to this tokenizer, so it is never a hit")
+
+
+def _first_conversation(rows: RawRows) -> Questions:
+    """Return the questions of the first conversation, with their answers unless it ends with the user."""
+    from ptuning.data.conversations import read_conversations
+    from ptuning.data.reading import RawRows
+
+    first = RawRows(rows[:1], name=rows.name, digest=rows.sha256, format=rows.format)
+    try:
+        return read_conversations(first).questions
+    except RecordError:
+        return read_conversations(first, ask=True).questions
 
 
 def _show_positions(

@@ -19,7 +19,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 STATUS_WIDTH, NAME_WIDTH, MAX_WIDTH = 7, 16, 110
 
 
-@options.takes(backbone=options.limited_backbone_options)
+@options.takes(backbone=options.backbone_options)
 def doctor(
     prompts: Annotated[
         list[str] | None,

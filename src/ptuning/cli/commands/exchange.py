@@ -10,6 +10,7 @@ import typer
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, development_records, load, prompt_of
+from ptuning.cli.options import DATA, OUTPUT, TEMPLATE, option
 from ptuning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ FORMS = ("lora", "peft", "tokens", "gguf", "embeds")
 @options.takes(backbone=options.backbone_options)
 def export(
     prompt: options.PromptArgument,
-    kind: Annotated[
-        str, typer.Option("--as", metavar="|".join(FORMS), help="The form.", autocompletion=options.among(*FORMS))
-    ],
-    out: Annotated[str, typer.Option(metavar="DIR", help="New folder.")],
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Records to compare on; else those of DEV.")] = None,
+    kind: Annotated[str, option("--as", metavar="|".join(FORMS), panel=OUTPUT, about="Export format.", complete=FORMS)],
+    out: Annotated[str, option(metavar="DIR", panel=OUTPUT, about="New folder.")],
+    data: Annotated[
+        str | None,
+        option(
+            metavar="FILE", panel=DATA, about="Records to compare answers on [default: validation data of the run]."
+        ),
+    ] = None,
     field: options.FieldOption = None,
     as_json: options.JsonOption = False,
     *,
@@ -63,6 +67,8 @@ def export(
 def _compared_on(chosen: Prompt, name: str, data: str | None, field: list[str] | None) -> Records | Questions:
     if data is not None:
         return data_of(data, field, chosen.task, part="val", prompt=chosen)
+    if field:
+        raise ConfigError("--field renames columns of --data; leave it out")
     from ptuning.exchange.rows import made_record
 
     if chosen.answer_space.has_choices:
@@ -73,9 +79,11 @@ def _compared_on(chosen: Prompt, name: str, data: str | None, field: list[str] |
 @options.takes(backbone=options.backbone_options)
 def import_prompt(
     folder: Annotated[str, typer.Argument(metavar="PEFT_FOLDER", help="Folder of an adapter of PEFT.")],
-    template: Annotated[str, typer.Option(metavar="T", help='As "[P*20]{text} Label: [Y]".')],
-    out: Annotated[str, typer.Option(metavar="DIR", help="New folder.")],
-    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    template: Annotated[str, option(metavar="T", panel=TEMPLATE, about='As "[P*20]{text} Label: [Y]".')],
+    out: Annotated[str, option(metavar="DIR", panel=OUTPUT, about="New folder.")],
+    labels: Annotated[
+        str | None, option(metavar="WORDS", panel=TEMPLATE, about='As "good=great,fine; bad=poor".')
+    ] = None,
     *,
     backbone: options.AskedBackbone,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -15,10 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import inputs, options, signals, terminal
-from ptuning.cli.chat import check_chat
-from ptuning.cli.options import AskedBackbone
-from ptuning.cli.shares import Shares, shares_of
-from ptuning.cli.templates import placed
+from ptuning.cli.commands.train import check_resume
+from ptuning.cli.options import OUTPUT, TRAINING, AskedBackbone, Shares, option, shares_of
 from ptuning.config import TrainConfig
 from ptuning.errors import PTuningError
 from ptuning.progress import each
@@ -26,7 +24,7 @@ from ptuning.progress import each
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.files import Json
-    from ptuning.training.fleet_file import FleetEntry, FleetFile
+    from ptuning.training.fleet_file import FleetEntry
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.training.train_fleet import FleetResult
@@ -38,13 +36,13 @@ SHOWN_PLACES = 3
 
 @options.takes(shares=shares_of, backbone=options.backbone_options)
 def fleet(
-    config: Annotated[Path, typer.Option(metavar="FILE", help="TOML that names the prompts: docs/fleets.md.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder with a folder for each prompt.")],
+    config: Annotated[Path, option(metavar="FILE", panel=TRAINING, about="TOML with the prompts: docs/fleets.md.")],
+    out: Annotated[Path, option(metavar="DIR", panel=OUTPUT, about="Folder with a folder for each prompt.")],
     at_once: Annotated[
-        int | None, typer.Option(metavar="N", help="Prompts in training at the same time.", min=1)
+        int | None, option(metavar="N", panel=TRAINING, about="Prompts that train at the same time.", min=1)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped fleet was.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fleet in DIR.")] = False,
+    resume: Annotated[bool, option("--resume", panel=OUTPUT, about="Continue a stopped fleet.")] = False,
+    overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, about="Replace an earlier fleet in DIR.")] = False,
     log_to: options.LogOption = None,
     *,
     shares: Shares,
@@ -59,23 +57,24 @@ def fleet(
     from ptuning.training.fleet_file import read_fleet
     from ptuning.training.tracking import TrainingLog
 
-    asked = read_fleet(config)
+    check_resume(resume=resume, overwrite=overwrite)
+    file = read_fleet(config)
     part, crew = shares.own, shares.crew(backbone)
-    layout = fleet_layout(one.name for one in asked.entries)
+    layout = fleet_layout(entry.name for entry in file.entries)
     check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
-    prompts = read_prompts(asked)
+    prompts = read_prompts(file.entries)
     log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
-    loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone), spread=True)
-    prompts = place_all(prompts, asked.entries, loaded)
+    loaded = inputs.load(replace(backbone, name=backbone.name or file.backbone), spread=True)
+    prompts = place_all(prompts, loaded)
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet
 
-        found = train_fleet(
+        result = train_fleet(
             prompts,
             backbone=loaded,
             out=out,
-            at_once=at_once or asked.at_once or AT_ONCE,
+            at_once=at_once or file.at_once or AT_ONCE,
             resume=resume,
             overwrite=overwrite,
             # A line per epoch of dozens of trainings would bury the line per prompt.
@@ -86,54 +85,44 @@ def fleet(
             workers=crew,
             command=options.command_line(),
         )
-    show(found, out, part)
-    if found.failed:
+    show(result, out, part)
+    if result.failed:
         raise typer.Exit(1)
 
 
-def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
-    """Read what the prompts of a fleet name, each file once; an error names the prompt."""
-    read: dict[tuple[object, ...], Any] = {}
-    found = []
-    for entry in asked.entries:
-        try:
-            found.append(_prompt(entry, read))
-        except PTuningError as error:
-            raise type(error)(f"prompt '{entry.name}': {error}") from error
-    return found
-
-
-def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
+def read_prompts(entries: Sequence[FleetEntry]) -> list[FleetPrompt]:
+    """Read the data of a fleet's prompts, each file once; an error names the prompt."""
     from ptuning.training.spec import FleetPrompt
 
-    given = cast("dict[str, Any]", entry.inputs)
-    renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
-    asked = options.TrainInputs({**given, "field": renamed}, TrainConfig.from_json(entry.settings))
-    check_chat(given, option="")
+    cache: dict[object, Any] = {}
+    prompts = []
+    for entry in entries:
+        try:
+            config = TrainConfig.from_json(entry.settings)
+            given = cast("dict[str, Any]", {"template": None, **entry.inputs})
+            prompts.append(FleetPrompt(entry.name, **given, config=config).check(cache))
+        except PTuningError as error:
+            raise type(error)(f"prompt '{entry.name}': {error}") from error
+    notes: list[str] = []
+    for prompt in prompts:
+        doubts = prompt.checked.warnings if prompt.checked is not None else ()
+        notes += [*prompt.notes, *(f"warning: {doubt}" for doubt in doubts)]
+    inputs.say_notes(notes)
+    return prompts
 
-    def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:
-        key = (*part, tuple(renamed), given.get("task"))
-        if key not in read:
-            read[key] = reader()
-        return read[key]
 
-    return FleetPrompt(entry.name, **vars(inputs.training_spec(asked, option="", once=once)))
+def place_all(prompts: Sequence[FleetPrompt], backbone: Backbone) -> list[FleetPrompt]:
+    """Return the prompts with their slots where they pay, and say where the first few are."""
+    from ptuning.training.prepare import placed
 
-
-def place_all(prompts: Sequence[FleetPrompt], entries: Sequence[FleetEntry], backbone: Backbone) -> list[FleetPrompt]:
-    """Return the prompts with their slots where they pay, and say where that is: once for each template and its data,
-    and for the first few of these.
-    """
-    told: dict[str, list[str]] = {}
-    found = []
-    for prompt, entry in zip(prompts, entries, strict=True):
-        texts: list[str] = []
-        found.append(placed(prompt, entry.inputs, backbone, say=texts.append))
-        for text in texts:
-            told.setdefault(text, []).append(prompt.name)
-    for text, (first, *others) in itertools.islice(told.items(), SHOWN_PLACES):
-        terminal.say(f"{first}{f' and {len(others)} more' * bool(others)}: {text}")
-    return found
+    final = [placed(prompt, backbone) for prompt in prompts]
+    notes: dict[str, list[str]] = {}
+    for before, after in zip(prompts, final, strict=True):
+        for note in after.notes[len(before.notes) :]:
+            notes.setdefault(note, []).append(after.name)
+    for note, (first, *others) in itertools.islice(notes.items(), SHOWN_PLACES):
+        terminal.say(f"{first}{f' and {len(others)} more' * bool(others)}: {note}")
+    return final
 
 
 def show_prompt(name: str, outcome: TrainResult | Exception) -> None:
@@ -145,24 +134,24 @@ def show_prompt(name: str, outcome: TrainResult | Exception) -> None:
     terminal.say(f"{name}: dev score {score}, n = {rows}, {chosen}")
 
 
-def show(found: FleetResult, out: Path, part: WorkPart | None = None) -> None:
+def show(fleet_result: FleetResult, out: Path, part: WorkPart | None = None) -> None:
     """Print what a fleet left, or a part of it."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("prompt", "start", "dev score", "n", "chosen"):
         table.add_column(name, justify="left" if name in ("prompt", "chosen") else "right")
-    for name, result in found.results.items():
+    for name, result in fleet_result.results.items():
         start = cast("Mapping[str, float]", result.record["start"])
         table.add_row(escape(name), f"{start['dev_score']:.3f}", *_line(result))
-    for name, error in found.failed.items():
+    for name, error in fleet_result.failed.items():
         table.add_row(escape(name), "", "", "", escape(f"failed: {error}"))
     terminal.results().print(table)
     listed = "" if part is not None else f"; {out}/fleet.json names them all"
     terminal.line(f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl{listed}")
     if part is not None:
         terminal.line(f"part {part}; after all parts, the same command with --resume instead of --part collects them")
-    if found.results:
+    if fleet_result.results:
         terminal.line(
-            f"next:    {terminal.program()} eval {shlex.quote(str(out / next(iter(found.results))))} --data FILE"
+            f"next:    {terminal.program()} eval {shlex.quote(str(out / next(iter(fleet_result.results))))} --data FILE"
         )
 
 

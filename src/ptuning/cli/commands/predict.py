@@ -1,9 +1,11 @@
-"""`ptuning predict`: answer a text, records, or what is typed on a terminal."""
+"""`ptuning predict`: answer a text, records, or lines typed on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +14,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ptuning.cli import options, terminal
-from ptuning.cli.inputs import (
-    data_to_answer,
-    load,
-    prompt_of,
-    read_candidates,
-    task_of,
-    with_labels,
+from ptuning.cli.inputs import data_to_answer, data_to_write, load, prompt_of, read_candidates, task_of, with_labels
+from ptuning.cli.options import ANSWERS, DATA, OUTPUT, option
+from ptuning.cli.outputs import (
+    Take,
+    answer_columns,
+    answers_to,
+    check_file,
+    is_finished,
+    is_table,
+    kept_lines,
+    show_answer,
 )
-from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
-from ptuning.cli.signals import SIGNAL_EXIT
-from ptuning.cli.writing import writing as writing_options
+from ptuning.cli.signals import SIGNAL_EXIT, stoppable
 from ptuning.config import GenerationSettings
-from ptuning.errors import ConfigError, PTuningError
+from ptuning.errors import ConfigError, FileError, PTuningError
+from ptuning.progress import Interrupted
+from ptuning.records import plain
 from ptuning.template.language import CONVERSATION_FIELD
 from ptuning.template.segments import FILLS_MASKS
 
@@ -44,7 +50,7 @@ Answer = Callable[["Questions"], "list[Prediction]"]
 Show = Callable[["ToAnswer"], str]  # prints answers, and returns the last one
 
 
-@options.takes(writing=writing_options, backbone=options.limited_backbone_options)
+@options.takes(generation=options.generation_options, backbone=options.backbone_options)
 def predict(
     prompt: options.PromptArgument,
     text: Annotated[
@@ -52,44 +58,69 @@ def predict(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE|-", help="CSV, JSONL, ... or .txt with a text per line; - reads the input."),
+        option(
+            metavar="FILE|-",
+            panel=DATA,
+            about="CSV, JSONL, ... or .txt with a text per line; - reads the input.",
+            autocompletion=options.shipped_parts,
+        ),
     ] = None,
-    candidates: options.CandidatesOption = None,
-    top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
-    min_probability: Annotated[
-        float | None, typer.Option(metavar="P", help="Abstain where no label or choice is as likely.")
-    ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
     task: options.TaskOption = None,
+    field: options.FieldOption = None,
+    group_references: options.GatherOption = False,
     labels: options.OwnLabelsOption = None,
+    candidates: options.CandidatesOption = None,
+    num_answers: Annotated[int, option(metavar="N", panel=ANSWERS, about="Number of answers to show.", min=1)] = 1,
+    min_probability: Annotated[
+        float | None, option(metavar="P", panel=ANSWERS, about="Abstain where no label or choice is as likely.")
+    ] = None,
+    stream: Annotated[bool, option("--stream", panel=ANSWERS, about="Show answers as they are generated.")] = False,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
-    field: options.FieldOption = None,
-    without: options.WithoutOption = None,
+    ablate: options.WithoutOption = None,
     force: options.ForceOption = False,
     out: options.AnswersOption = None,
+    resume: Annotated[
+        bool, option("--resume", panel=OUTPUT, about="Continue a stopped file of generated answers.")
+    ] = False,
     overwrite: options.ReplaceOption = False,
     as_json: options.JsonOption = False,
     *,
-    writing: GenerationSettings,
+    generation: GenerationSettings,
     backbone: options.AskedBackbone,
 ) -> None:
     """Answer a text or records, or with neither what is typed on a terminal; the backbone is loaded once.
 
     With --json there is one object per line, with the probabilities of all labels. A CSV has the columns of the data.
+    Generated answers in a .jsonl FILE are kept as they are finished, with targets and how each ended: a run that was
+    stopped continues with --resume.
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = with_labels(prompt_of(prompt, task_of(task), without=without), labels)
+    chosen = with_labels(prompt_of(prompt, task_of(task), ablate=ablate), labels)
+    check_force(chosen, force=force)
     among, least = candidates is not None, min_probability
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among, min_probability=least
     )
-    changed = ["stream"] * stream or writing.changed
-    if changed and (among or chosen.answer_space.is_closed):
-        raise ConfigError(f"{changed[0]} is for answers that are written, not for candidates or label words")
-    _check_output(out, overwrite=overwrite, data=data, top_k=top_k, as_json=as_json, stream=stream)
+    is_written = not (among or chosen.answer_space.is_closed)
+    changed = ["stream"] * stream or generation.changed
+    if changed and not is_written:
+        raise ConfigError(f"{changed[0]} is for answers that are generated, not for candidates or label words")
+    _check_output(
+        out, overwrite=overwrite, resume=resume, data=data, num_answers=num_answers, as_json=as_json, stream=stream
+    )
+    keeps_lines = is_written and out is not None and not is_table(out) and num_answers == 1 and data is not None
+    for name, is_given in (("--resume", resume), ("--group-references", group_references)):
+        if is_given and not keeps_lines:
+            raise ConfigError(f"{name} is for generated answers to --data in a .jsonl file (--out)")
+    if keeps_lines:
+        assert out is not None
+        assert data is not None
+        questions = data_to_write(chosen, data, field, group=group_references)
+        _write_lines(chosen, questions, out, generation, backbone, resume=resume, overwrite=overwrite, force=force)
+        return
     given = _given(chosen, text, data, field, out=out)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
@@ -101,31 +132,105 @@ def predict(
         warn(check_fields(loaded.tokenizer, given.questions.records, chosen.template.fields))
 
     def answer(part: Questions) -> list[Prediction]:
-        found = model.predict(part, chosen, listed, top_k=top_k, generation=writing, min_probability=least, **how)
+        predictions = model.predict(
+            part, chosen, listed, top_k=num_answers, generation=generation, min_probability=least, **how
+        )
         # Only a model that fills masks chooses a length.
-        return found if loaded.kind in FILLS_MASKS else [replace(one, tokens=None) for one in found]
+        return predictions if loaded.kind in FILLS_MASKS else [replace(each, tokens=None) for each in predictions]
 
     show = _shown(answer, out, as_json=as_json, min_probability=least if given is not None else None)
     if stream:
-        show = _streamed(lambda record: model.stream(record, chosen, generation=writing))
+        show = _streamed(lambda record: model.stream(record, chosen, generation=generation))
     show(given) if given is not None else _converse(chosen, show)
 
 
-def _check_output(
-    out: Path | None, *, overwrite: bool, data: str | None, top_k: int, as_json: bool, stream: bool
+def check_force(prompt: Prompt, *, force: bool) -> None:
+    """Raise a ConfigError if a prompt that fits any backbone is forced on one."""
+    if force and prompt.backbone is None:
+        raise ConfigError("--force is for prompts learned on another backbone; this one fits any, so leave it out")
+
+
+def _write_lines(
+    prompt: Prompt,
+    questions: Questions,
+    out: Path,
+    generation: GenerationSettings,
+    backbone: options.AskedBackbone,
+    *,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
 ) -> None:
-    shown = {"--json": as_json, "--top-k": top_k > 1}
+    """Generate a text for each record, one line each, kept as they are finished."""
+    from ptuning.prompt.answer import check_writes, written_parts
+    from ptuning.prompt.written import identity_of_texts, text_row
+
+    check_writes(prompt)
+    if resume and is_finished(out):
+        _check_finished(out, questions)
+        terminal.say(f"{out} is finished already; --overwrite generates it anew")
+        return
+    loaded = load(backbone, prompt=prompt)
+    from ptuning.prompt.predict import PromptModel
+
+    identity = identity_of_texts(prompt, questions, generation, loaded)
+    with kept_lines(out, identity, resume=resume, overwrite=overwrite) as kept:
+        if kept.done:
+            terminal.say(f"{kept.done} of {len(questions)} texts are there already")
+        with stoppable(out, again="--resume", kept=kept.path) as (report, should_stop):
+            model, done = PromptModel(loaded, force=force), kept.done
+            for part in written_parts(model, questions, prompt, settings=generation, done=done, report=report):
+                records = [question.record for question in questions[done : done + len(part)]]
+                kept.write([text_row(record, text) for record, text in zip(records, part, strict=True)])
+                done += len(part)
+                if should_stop() and done < len(questions):
+                    raise Interrupted(f"stopped after {done} of {len(questions)} texts")
+        kept.finish()
+    with out.open(encoding="utf-8") as lines:
+        ends = Counter(str(json.loads(line)["stopped"]) for line in lines)
+    total = sum(ends.values())
+    terminal.say(f"{total} answer{'s' * (total != 1)} written to {out}")
+    if ends["length"]:
+        terminal.say(f"warning: {ends['length']} of {total} hit --max-new-tokens and may be truncated")
+
+
+def _check_finished(out: Path, questions: Questions) -> None:
+    """Raise a FileError if a finished file is not about these records."""
+    records = [plain(question.record) for question in questions]
+    try:
+        with out.open(encoding="utf-8") as lines:
+            is_same = [json.loads(line)["record"] for line in lines] == records
+    except (ValueError, TypeError, KeyError):
+        is_same = False
+    if not is_same:
+        raise FileError(
+            f"{out} is there, and its records are not those of {questions.name}; use --overwrite, or name another --out"
+        )
+
+
+def _check_output(
+    out: Path | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+    data: str | None,
+    num_answers: int,
+    as_json: bool,
+    stream: bool,
+) -> None:
     if stream:
-        shown["--out"] = out is not None
+        shown = {"--json": as_json, "--num-answers": num_answers > 1, "--out": out is not None}
         for name in (name for name, is_given in shown.items() if is_given):
             raise ConfigError(f"--stream shows one answer as text; leave {name} out")
-    check_file(out, overwrite=overwrite, data=data)
+    if resume and overwrite:
+        raise ConfigError("--resume continues the file that --overwrite replaces; leave one out")
+    check_file(out, overwrite=overwrite or (resume and out is not None), data=data)
     if out is None:
         return
     if as_json:
         raise ConfigError("--json prints answers, and --out FILE writes them instead; leave one out")
-    if top_k > 1 and out.suffix.lower() == ".csv":
-        raise ConfigError("a CSV has one answer for each row; leave --top-k out, or let --out end in .jsonl")
+    if num_answers > 1 and out.suffix.lower() == ".csv":
+        raise ConfigError("a CSV has one answer for each row; leave --num-answers out, or let --out end in .jsonl")
 
 
 def _given(
@@ -147,7 +252,7 @@ def _given(
     empty = given.empty_fields(fields)
     for where, name in empty[:SHOWN_WARNINGS]:
         what = "the text" if len(fields) == 1 else f"the field '{name}'"
-        terminal.say(f"warning: {where}: {what} is empty, so the answer says nothing of it")
+        terminal.say(f"warning: {where}: {what} is empty, so the prediction is meaningless")
     if len(empty) > SHOWN_WARNINGS:
         terminal.say(f"warning: so are {len(empty) - SHOWN_WARNINGS} more of {len(given.questions)}")
     return given

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import options, terminal
+from ptuning.cli.commands.predict import check_force
 from ptuning.cli.inputs import data_of, gathered_rows, labelled, load, prompt_of, read_candidates, task_of
 from ptuning.cli.labels import show_errors, show_labels
+from ptuning.cli.options import ANSWERS, DATA, OUTPUT, option
 from ptuning.cli.outputs import check_file, write_scored
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
@@ -35,29 +36,30 @@ METRICS_HELP = f"For texts, with commas: {', '.join(TEXT_METRICS)}."
 SHOWN_NEIGHBOURS = 3
 
 
-@options.takes(backbone=options.limited_backbone_options)
+@options.takes(backbone=options.backbone_options)
 def evaluate(
     prompt: options.PromptArgument,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
-    candidates: options.CandidatesOption = None,
+    data: Annotated[str, option(metavar="FILE", panel=DATA, about="Records with targets.")],
     task: options.TaskOption = None,
+    field: options.FieldOption = None,
+    group_references: options.GatherOption = False,
+    labels: options.LabelsOption = None,
+    alias_label: options.MergeOption = None,
+    candidates: options.CandidatesOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
-    field: options.FieldOption = None,
-    gather: options.GatherOption = False,
-    labels: options.LabelsOption = None,
-    merge: options.MergeOption = None,
-    without: options.WithoutOption = None,
+    ablate: options.WithoutOption = None,
     force: options.ForceOption = False,
     metrics: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help=METRICS_HELP, autocompletion=options.among(*TEXT_METRICS)),
+        option(metavar="LIST", panel=ANSWERS, about=METRICS_HELP, complete=TEXT_METRICS),
     ] = None,
     max_new_tokens: options.LongestOption = None,
     num_beams: options.BeamsOption = None,
     errors: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Worst errors to show; {SHOWN_ERRORS} of labels.", min=0)
+        int | None,
+        option(metavar="N", panel=OUTPUT, about=f"Worst errors to show [default: {SHOWN_ERRORS} of labels].", min=0),
     ] = None,
     out: options.AnswersOption = None,
     overwrite: options.ReplaceOption = False,
@@ -65,23 +67,26 @@ def evaluate(
     *,
     backbone: options.AskedBackbone,
 ) -> None:
-    """Score a prompt on records, with 95 % intervals; labels one by one, with what they are taken for.
+    """Score a prompt on records, with 95 % intervals; labels with per-label scores and a confusion matrix.
 
-    With --metrics, a text is written for each record and compared with its references.
+    With --metrics, a text is generated for each record and compared with its references.
 
     Example: ptuning eval capitals --data capitals:test
     """
     from ptuning.records import require_fields
 
-    chosen = prompt_of(prompt, task_of(task), without=without)
+    chosen = prompt_of(prompt, task_of(task), ablate=ablate)
+    check_force(chosen, force=force)
     own = chosen.task.text_metrics if chosen.task is not None and candidates is None else ()
     named = _metrics_of(metrics, own, max_new_tokens=max_new_tokens, num_beams=num_beams, candidates=candidates)
     check_file(out, overwrite=overwrite, data=data)
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
     if candidates is not None:
         chosen.check_open()
-    chosen, rows = labelled(chosen, rows, labels, merge)
-    rows = gathered_rows(rows, chosen.task, asked=gather)
+    chosen, rows = labelled(chosen, rows, labels, alias_label)
+    if group_references and chosen.answer_space.is_closed:
+        raise ConfigError("--group-references is for generated answers, and the prompt chooses among labels")
+    rows = gathered_rows(rows, chosen.task, group=group_references)
     if candidates is not None and labels is not None:
         chosen.check_open()
     records = rows.records
@@ -148,10 +153,10 @@ def _scored(
         return score_prompt(model, rows, prompt, report=report, **how)
 
 
-@options.takes(backbone=options.limited_backbone_options)
+@options.takes(backbone=options.backbone_options)
 def inspect(
     prompt: options.PromptArgument,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
+    data: Annotated[str | None, option(metavar="FILE", panel=DATA, about="Score the nearest tokens as well.")] = None,
     field: options.FieldOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
@@ -163,6 +168,9 @@ def inspect(
     Example: ptuning inspect capitals --data capitals:dev
     """
     chosen = prompt_of(prompt)
+    check_force(chosen, force=force)
+    if field and data is None:
+        raise ConfigError("--field renames columns of --data; leave it out")
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen) if data is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.inspect import inspect_prompt

@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from ptuning.backbone.backbone import Backbone
@@ -53,8 +52,8 @@ def write_answers(
     found = write(settings)
     if top_k > settings.num_beams:
         seeds = [derived_seed(settings.seed, "alternative", number) for number in range(1, top_k)]
-        ways = [replace(settings, seed=one) for one in seeds if settings.do_sample] or [
-            replace(settings, num_beams=top_k)
+        ways = [settings.adapted(seed=one) for one in seeds if settings.do_sample] or [
+            settings.adapted(num_beams=top_k)
         ]
         others = [write(one) for one in ways]
         found = [

@@ -6,7 +6,6 @@ change nothing are ignored. Sampling parameters of ``ptuning.GenerationSettings`
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from typing import Annotated, Any
 
@@ -45,7 +44,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 # Settings with a name of their own in OpenAI's interface, and those that ``/v1/predict`` alone takes.
 OPENAI_NAMES = {"stop_strings": "stop", "max_new_tokens": "max_tokens"}
 PREDICT_ONLY = {"num_beams", "length_penalty", "do_sample"}
-SETTINGS = tuple(item.name for item in dataclasses.fields(GenerationSettings))
+SETTINGS = tuple(GenerationSettings.model_fields)
 SAMPLING = set(SETTINGS) - set(OPENAI_NAMES) - PREDICT_ONLY
 # Below this temperature a sample is the likeliest token, as far as 32-bit numbers can tell.
 MIN_TEMPERATURE = 1e-4
