@@ -36,10 +36,10 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.job import StoppedError
 from ptuning.serve.registry import (
     MAX_VECTORS_BYTES,
+    Changes,
     ConflictError,
     RefusedNameError,
     Registry,
-    Reloaded,
     UnknownPromptError,
     base_name_of,
 )
@@ -101,7 +101,7 @@ def test_a_prompt_is_named_by_its_path_in_the_folder(tmp_path: Path) -> None:
     save(tmp_path / "elsewhere" / "x", 6)
     registry = registry_of(tmp_path / "prompts", {"mine": tmp_path / "elsewhere" / "x"})
     done = registry.reload()
-    assert done == Reloaded(added=("mine", "run", "sentiment", "team/topic.v2"))
+    assert done == Changes(added=("mine", "run", "sentiment", "team/topic.v2"))
     assert versions(registry) == {"mine": 6, "run": 3, "sentiment": 1, "team/topic.v2": 2}
     found = registry.get("run")
     assert (found.name, found.folder) == ("run", tmp_path / "prompts" / "run")
@@ -180,13 +180,13 @@ def test_reload_reads_only_what_has_changed(tmp_path: Path) -> None:
     registry.reload()
     before = registry.served
     seen.clear()
-    assert registry.reload() == Reloaded()
+    assert registry.reload() == Changes()
     assert seen == []
     save(tmp_path / "b", 7)
     save(tmp_path / "new", 8)
     save(tmp_path / "c", 2)  # the same again
     shutil.rmtree(tmp_path / "a")
-    assert registry.reload() == Reloaded(added=("new",), changed=("b",), removed=("a",))
+    assert registry.reload() == Changes(added=("new",), changed=("b",), removed=("a",))
     assert seen == [7, 2, 8]
     assert registry.get("c").prompt is before["c"].prompt
     assert {name: version_of(one.prompt) for name, one in before.items()} == {"a": 0, "b": 1, "c": 2}
@@ -205,7 +205,7 @@ def test_a_prompt_that_breaks_on_the_disk_goes_on_as_it_was(tmp_path: Path) -> N
     assert "a" in registry.reload().failed
     assert versions(registry) == {"a": 1}
     save(tmp_path / "a", 2)
-    assert registry.reload() == Reloaded(changed=("a",))
+    assert registry.reload() == Changes(changed=("a",))
     assert registry.failures == {}
 
 
@@ -218,7 +218,7 @@ def test_a_loaded_prompt_keeps_to_its_folder(tmp_path: Path) -> None:
     registry.replace("a", "b")
     registry.load("other", "c")
     registry.unload("c")
-    assert registry.reload() == Reloaded(added=("c",))
+    assert registry.reload() == Changes(added=("c",))
     assert versions(registry) == {"a": 1, "b": 1, "c": 2, "other": 2}
 
 
@@ -418,7 +418,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
     with pytest.raises(PromptError, match="larger than the"):
         registry.load("x", "bomb")
     change(folder, slots=2**20, width=2**20)
-    with pytest.raises(PromptError, match="1048576 slots of width 1048576, more than the"):
+    with pytest.raises(PromptError, match="1048576 slots of width 1048576"):
         registry.load("x", "bomb")
     assert max(read) < 3 * MAX_VECTORS_BYTES
 
@@ -480,7 +480,7 @@ def test_a_machine_without_file_handles_or_disk_loses_no_prompt(
             registry.reload()
         assert versions(registry) == {"a": 1, "b": 2}
     monkeypatch.setattr("time.time", lambda: 0.0)
-    assert registry.reload() == Reloaded(changed=("a",))
+    assert registry.reload() == Changes(changed=("a",))
     assert versions(registry) == {"a": 3, "b": 2}
 
 
@@ -528,8 +528,8 @@ def test_a_request_ends_with_the_prompt_it_began_with(tmp_path: Path) -> None:
         all_held["a"] = new  # type: ignore[index]
 
 
-def test_of_two_that_load_one_name_one_wins(tmp_path: Path) -> None:
-    """Abuse case 12: the other is told so at once, and other names do not wait."""
+def test_changes_are_made_one_after_the_other(tmp_path: Path) -> None:
+    """Abuse case 12: of two that load one name, one wins; readers do not wait."""
     for number, name in enumerate(("a", "b", "c")):
         save(tmp_path / name, number)
     inside, go_on = threading.Event(), threading.Event()
@@ -543,39 +543,14 @@ def test_of_two_that_load_one_name_one_wins(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(registry.load, "x", "a")
         assert inside.wait(30)
-        with pytest.raises(ConflictError, match="another request is changing 'x'"):
-            registry.load("x", "b")
-        registry.load("y", "c")
-        assert list(registry.served) == ["y"]
-        done = registry.reload
-        late = pool.submit(done)  # meets 'a' only under its own name
+        second, reloaded = pool.submit(registry.load, "x", "b"), pool.submit(registry.reload)
+        assert not registry.served
         go_on.set()
         assert first.result(30).name == "x"
-        assert not late.result(30).failed
-    with pytest.raises(ConflictError, match="'x' is in service already"):
-        registry.load("x", "b")
-    assert versions(registry)["x"] == 0
-
-
-def test_two_do_not_reload_at_once(tmp_path: Path) -> None:
-    save(tmp_path / "a")
-    inside, go_on = threading.Event(), threading.Event()
-
-    def check(prompt: Prompt) -> None:
-        inside.set()
-        assert go_on.wait(30)
-
-    registry = registry_of(tmp_path, check=check)
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(registry.reload)
-        assert inside.wait(30)
-        with pytest.raises(ConflictError, match="another request is reloading"):
-            registry.reload()
-        with pytest.raises(ConflictError, match="another request is changing 'a'"):
-            registry.load("a", "a")
-        go_on.set()
-        assert first.result(30).added == ("a",)
-    assert registry.reload() == Reloaded()
+        with pytest.raises(ConflictError, match="'x' is in service already"):
+            second.result(30)
+        assert reloaded.result(30).added == ("a", "b", "c")
+    assert versions(registry) == {"a": 0, "b": 1, "c": 2, "x": 0}
 
 
 def test_nothing_changes_while_the_service_ends(tmp_path: Path) -> None:
@@ -648,7 +623,6 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
     assert sum(map(sum, counts.values())) > 2
     for name, (loads, unloads) in counts.items():
         assert loads - unloads == (name in registry.served)
-    assert registry._claimed == set()
 
 
 NAMES = st.sampled_from(["a", "b", "c", "team/d", "e"])

@@ -1,7 +1,7 @@
-"""The prompts in service, by name: loaded, replaced, unloaded and reloaded from the disk while requests run.
+"""Prompts in service, by name: loaded, replaced, unloaded and reloaded from the disk while requests run.
 
-What is in service never changes: a request gets a :class:`Served` once and holds it to its end. It must not know HTTP,
-and of the model only whether it takes a prompt (``check``).
+A :class:`Served` never changes: a request gets it once and keeps it to its end. The registry does not know HTTP, and of
+the model only whether it takes a prompt (``check``).
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.storage import ATTEMPTS, NAME_PARTS, has_prompt, manifest_of, prompt_folders
 from ptuning.serve.engine.job import StoppedError
 
-# Letters of ASCII alone: two names that look alike are alike. No name of this form leads out of a folder.
+# ASCII only: no two names look alike, and none leads out of a folder.
 PART = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 PATH_PARTS = 16
-NAMED = "parts of 1 to 128 letters (a-z), digits, '.', '_' and '-', the first a letter or digit, with '/' between them"
-# Of slot vectors: 1,000 slots of the widest models. A larger file is refused before it is read.
+NAME_RULE = "parts of 1 to 128 letters (a-z), digits, '.', '_' and '-', beginning with a letter or digit, joined by '/'"
+# Slot vectors of 1,000 slots of the widest models; a larger file is refused before it is read.
 MAX_VECTORS_BYTES = 2**26
-COMPARED_NAMES = 200  # with an unknown one
-
-Stamp = tuple[int, ...]  # changes when a prompt's files do
+COMPARED_NAMES = 200  # with an unknown one, to find a similar name
 
 
 class UnknownPromptError(PTuningError):
@@ -40,7 +38,7 @@ class UnknownPromptError(PTuningError):
 
 
 class ConflictError(PTuningError):
-    """Another request got there first: the name is taken, or is just being loaded, replaced or unloaded."""
+    """The name is already in service."""
 
 
 class RefusedNameError(PTuningError):
@@ -53,8 +51,8 @@ class RefusedNameError(PTuningError):
 
 @dataclass(frozen=True)
 class Served:
-    """A prompt in service. ``sha256`` is that of its manifest, which names the sums of its other files, and so stands
-    for all of it; ``loaded_at`` is in seconds since 1970.
+    """A prompt in service. ``sha256`` is that of its manifest, which holds the hashes of its other files;
+    ``loaded_at`` is in seconds since 1970, and ``stamp`` changes when the files do.
     """
 
     name: str
@@ -62,13 +60,13 @@ class Served:
     folder: Path
     sha256: str
     loaded_at: float
-    stamp: Stamp = field(default=(), repr=False)
+    stamp: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
-class Reloaded:
-    """What reading the disk again has changed: names of prompts, and name -> message for those that cannot be loaded.
-    One that was in service before it failed goes on as it was.
+class Changes:
+    """Changes of a reload: names of prompts, and name -> message for those that cannot be loaded. A prompt that fails
+    and was in service stays as it was.
     """
 
     added: tuple[str, ...] = ()
@@ -78,13 +76,14 @@ class Reloaded:
 
 
 class Registry:
-    """Names of prompts, and what is in service under them. All methods may be called from any thread.
+    """Names of prompts, and the prompts in service. Methods may be called from any thread; changes are made one after
+    the other.
 
     Args:
-        folder: Holds the prompts' folders, up to :data:`NAME_PARTS` deep; a prompt's name is its path in it. Nothing
-            outside of it is read for a request. None if there are only ``named`` ones.
-        named: More prompts, name -> folder anywhere, which the operator vouches for.
-        base_name: The name of the base model, which no prompt may have.
+        folder: Holds the prompts' folders, up to :data:`NAME_PARTS` deep; a prompt's name is its path in it. Requests
+            can load nothing from outside of it. None if there are only ``named`` prompts.
+        named: More prompts, name -> folder anywhere, from the operator.
+        base_name: Name of the base model, which no prompt may have.
         check: Raises a PTuningError if a prompt does not fit the model.
 
     Raises:
@@ -102,245 +101,220 @@ class Registry:
         self._root = None if folder is None else Path(os.path.abspath(folder))
         self.base_name = base_name
         self._check = check
-        self._named = {self._allowed(name): Path(os.path.abspath(one)) for name, one in (named or {}).items()}
-        self._lock = threading.Lock()
-        self._claimed: set[str] = set()
-        self._reloading = False
+        self._named = {self._allowed(name): Path(os.path.abspath(path)) for name, path in (named or {}).items()}
+        self._lock = threading.Lock()  # held by whoever changes something
         self._closed = False
-        # Both are replaced and never changed, so that who reads them needs no lock.
+        # Both are replaced and never changed, so that readers need no lock.
         self._served: Mapping[str, Served] = MappingProxyType({})
         self._failures: Mapping[str, str] = MappingProxyType({})
 
     @property
     def served(self) -> Mapping[str, Served]:
-        """What is in service at this moment, by name; it does not change afterwards."""
+        """Prompts in service at this moment, by name; the mapping does not change afterwards."""
         return self._served
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Prompts that could not be loaded when the disk was last read: name -> message."""
+        """Prompts that could not be loaded at the last reload: name -> message."""
         return self._failures
 
     def get(self, name: str) -> Served:
-        """Return what is in service under a name; an UnknownPromptError with a similar name if there is nothing."""
-        known = self._served
-        found = known.get(name)
-        if found is None:
-            # Comparing takes time, and anybody may ask for anything.
-            alike = (one for one in known if one[:1].lower() == name[:1].lower())
-            hint = closest(name, itertools.islice(alike, COMPARED_NAMES)) if len(name) <= 200 else ""
+        """Return the prompt of a name; an UnknownPromptError with a similar name if there is none."""
+        served = self._served
+        if name not in served:
+            # Comparing takes time, and clients may send any name.
+            similar = (known for known in served if known[:1].lower() == name[:1].lower())
+            hint = closest(name, itertools.islice(similar, COMPARED_NAMES)) if len(name) <= 200 else ""
             broken = " Its folder is there, and could not be loaded." if name in self._failures else ""
             raise UnknownPromptError(f"there is no prompt '{cut(name)}' here.{broken}{hint}")
-        return found
+        return served[name]
 
     def path_of(self, served: Served) -> str:
         """Return a prompt's path in the folder of prompts; of one from elsewhere, only its folder's name."""
-        root = self._root
-        is_inside = root is not None and served.folder.is_relative_to(root)
-        return served.folder.relative_to(root).as_posix() if root is not None and is_inside else served.folder.name
+        if self._root is None or not served.folder.is_relative_to(self._root):
+            return served.folder.name
+        return served.folder.relative_to(self._root).as_posix()
 
     def load(self, name: str, path: str) -> Served:
-        """Take a prompt into service under a new name.
+        """Load a prompt under a new name.
 
         Raises:
             RefusedNameError: If the name is not allowed, or the path is not one inside of the folder of prompts.
-            ConflictError: If the name is taken, or another request is loading it.
+            ConflictError: If the name is taken.
             PromptError: If the prompt cannot be read, has weights of its own, or does not fit the model.
             StoppedError: If the service is about to end.
         """
-        return self._put(self._allowed(name), path, replaces=False)
+        folder = self._inside(path, name=self._allowed(name))
+        with self._changing():
+            if name in self._served:
+                raise ConflictError(f"'{name}' is in service already; replace it (PUT), or choose another name")
+            return self._put(name, path, folder)
 
     def replace(self, name: str, path: str) -> Served:
-        """Put another prompt under a name; running requests end with the one they began with.
+        """Replace the prompt of a name; running requests end with the old one.
 
         Raises:
             UnknownPromptError: If there is no prompt of this name.
             PTuningError: As for :meth:`load`; the prompt in service stays.
         """
-        return self._put(name, path, replaces=True)
+        folder = self._inside(path, name=name)
+        with self._changing():
+            self.get(name)
+            return self._put(name, path, folder)
 
     def unload(self, name: str) -> Served:
         """Take a prompt out of service, and return it; its files stay, and running requests go on with it.
 
-        An UnknownPromptError if there is none of this name; a ConflictError if another request is changing it.
+        Raises:
+            UnknownPromptError: If there is none of this name.
         """
-        with self._claim(name, is_served=True):
-            found = self._served[name]
+        with self._changing():
+            served = self.get(name)
             self._publish(name, None)
-            return found
+            return served
 
-    def reload(self) -> Reloaded:
-        """Make the service equal to the disk, each prompt on its own: what is new is loaded, what has changed is
-        replaced, and what is gone is unloaded. A prompt that was loaded by name keeps to its folder.
+    def reload(self) -> Changes:
+        """Make the service equal to the disk, each prompt on its own: new ones are loaded, changed ones replaced,
+        and removed ones unloaded. A prompt that was loaded by name keeps to its folder.
 
         Raises:
             FileError: If the folder of prompts cannot be read; all stays as it was.
-            ConflictError: If another request is reloading.
             StoppedError: If the service is about to end.
         """
-        with self._lock:
-            self._check_open()
-            if self._reloading:
-                raise ConflictError("another request is reloading the prompts; wait for it")
-            self._reloading = True
-        try:
-            return self._reload()
-        finally:
-            self._reloading = False
+        with self._changing():
+            folders = {**self._on_disk(), **self._named}
+            changes: dict[str, list[str]] = {"added": [], "changed": [], "removed": []}
+            failures: dict[str, str] = {}
+            for name in sorted({*folders, *self._served}):
+                try:
+                    change = self._reload_one(name, folders.get(name))
+                    if change is not None:
+                        changes[change].append(name)
+                except StoppedError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - one broken prompt must not keep the others out
+                    failures[name if name.isprintable() else ascii(name)[1:-1]] = self._message(error)
+            self._failures = MappingProxyType(failures)
+            added, changed, removed = (tuple(names) for names in changes.values())
+            return Changes(added, changed, removed, failures)
 
     def close(self) -> None:
-        """Refuse changes from now on: the service is about to end. What is in service stays."""
-        with self._lock:
-            self._closed = True
+        """Refuse changes from now on: the service is about to end."""
+        self._closed = True
 
-    def _reload(self) -> Reloaded:
-        on_disk = {**self._found(), **self._named}
-        told: dict[str, list[str]] = {"added": [], "changed": [], "removed": []}
-        failed: dict[str, str] = {}
-        failures: dict[str, str] = {}
-        for name in sorted({*on_disk, *self._served}):
-            try:
-                done = self._reload_one(name, on_disk.get(name))
-                if done is not None:
-                    told[done].append(name)
-            except StoppedError:
-                raise
-            except ConflictError as error:
-                failed[name] = str(error)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with one must not keep the others out
-                key = name if name.isprintable() else ascii(name)[1:-1]
-                failed[key] = failures[key] = self._told(error)
-        self._failures = MappingProxyType(failures)
-        return Reloaded(tuple(told["added"]), tuple(told["changed"]), tuple(told["removed"]), failed)
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise StoppedError("the service is about to end, and its prompts do not change any more")
+            yield
 
     def _reload_one(self, name: str, folder: Path | None) -> str | None:
-        """Make one prompt equal to the disk, where it may be in a folder, and say what that was."""
-        with self._claim(self._allowed(name)):
-            old = self._served.get(name)
-            folder = old.folder if old is not None else folder
-            if folder is None or (old is not None and old.stamp == _stamp(folder)):
-                return None
-            if old is not None and _is_gone(folder):
-                self._publish(name, None)
-                return "removed"
-            new = self._read(name, folder)
-            if old is not None and old.sha256 == new.sha256:  # written again
-                self._publish(name, replace(old, stamp=new.stamp))
-                return None
-            self._publish(name, new)
-            return "added" if old is None else "changed"
+        """Make one prompt equal to the disk, and return the kind of change."""
+        old = self._served.get(self._allowed(name))
+        folder = old.folder if old is not None else folder
+        if folder is None or (old is not None and old.stamp == _stamp(folder)):
+            return None
+        if old is not None and _is_gone(folder):
+            self._publish(name, None)
+            return "removed"
+        new = self._read(name, folder)
+        if old is not None and old.sha256 == new.sha256:  # written again, with the same content
+            self._publish(name, replace(old, stamp=new.stamp))
+            return None
+        self._publish(name, new)
+        return "added" if old is None else "changed"
 
-    def _found(self) -> dict[str, Path]:
-        """Return the prompts in the folder by what their names would be."""
+    def _on_disk(self) -> dict[str, Path]:
         if self._root is None:
             return {}
         try:
-            found = [*prompts_in(self._root)]
+            folders = list(prompts_in(self._root))
         except OSError as error:
             raise file_error("read", self._root, error) from error
-        return {(one.relative_to(self._root).as_posix() if one != self._root else one.name): one for one in found}
+        return {
+            folder.name if folder == self._root else folder.relative_to(self._root).as_posix(): folder
+            for folder in folders
+        }
 
-    def _put(self, name: str, path: str, *, replaces: bool) -> Served:
-        folder = self._inside(path)
-        with self._claim(name, is_served=replaces):
-            if _is_gone(folder):
-                raise PromptError(f"'{name}' cannot be loaded: there is no '{path}' in the folder of prompts")
-            try:
-                new = self._read(name, folder)
-            except StoppedError:
-                raise
-            except PTuningError as error:
-                raise PromptError(f"'{name}' cannot be loaded: {self._told(error)}") from error
-            self._publish(name, new)
-            return new
-
-    @contextlib.contextmanager
-    def _claim(self, name: str, *, is_served: bool | None = None) -> Iterator[None]:
-        """Let one request at a time change a name; with ``is_served``, only one that is or is not in service."""
-        with self._lock:
-            self._check_open()
-            if name in self._claimed:
-                raise ConflictError(f"another request is changing '{cut(name)}'; wait for it, and look what it did")
-            if is_served:
-                self.get(name)
-            elif is_served is False and name in self._served:
-                raise ConflictError(f"'{name}' is in service already; replace it (PUT), or choose another name")
-            self._claimed.add(name)
+    def _put(self, name: str, path: str, folder: Path) -> Served:
+        if _is_gone(folder):
+            raise PromptError(f"'{name}' cannot be loaded: there is no '{path}' in the folder of prompts")
         try:
-            yield
-        finally:
-            with self._lock:
-                self._claimed.discard(name)
+            new = self._read(name, folder)
+        except StoppedError:
+            raise
+        except PTuningError as error:
+            raise PromptError(f"'{name}' cannot be loaded: {self._message(error)}") from error
+        self._publish(name, new)
+        return new
 
     def _publish(self, name: str, new: Served | None) -> None:
-        with self._lock:
-            others = {other: one for other, one in self._served.items() if other != name}
-            self._served = MappingProxyType(others if new is None else {**others, name: new})
-            self._failures = MappingProxyType({of: why for of, why in self._failures.items() if of != name})
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoppedError("the service is about to end, and its prompts do not change any more")
+        served = {**self._served, name: new}
+        self._served = MappingProxyType({other: prompt for other, prompt in served.items() if prompt is not None})
+        self._failures = MappingProxyType({other: why for other, why in self._failures.items() if other != name})
 
     def _allowed(self, name: str) -> str:
         if not _is_name(name, NAME_PARTS):
-            raise RefusedNameError(f"a prompt cannot have the name {cut(repr(name))}; names have {NAMED}", param="name")
+            message = f"a prompt cannot have the name {cut(repr(name))}; names have {NAME_RULE}"
+            raise RefusedNameError(message, param="name")
         if name.casefold() == self.base_name.casefold():
             raise RefusedNameError(f"'{name}' is the name of the base model; choose another one", param="name")
         return name
 
-    def _inside(self, path: str) -> Path:
-        """Return the folder that a request names, by its path in the folder of prompts."""
+    def _inside(self, path: str, *, name: str) -> Path:
+        """Return the folder of a path in the folder of prompts."""
         if self._root is None:
-            raise RefusedNameError("there is no folder of prompts (--prompts) to load from", param="path")
-        # Tools that know the whole path may give it; every part behind the folder's own is checked all the same.
+            message = f"'{cut(name)}' cannot be loaded: there is no folder of prompts (--prompts)"
+            raise RefusedNameError(message, param="path")
+        # Tools may give the whole path; what follows the folder of prompts is checked all the same.
         inner = path.removeprefix(f"{self._root}/").rstrip("/")
         if not _is_name(inner, PATH_PARTS):
-            raise RefusedNameError(
-                f"{cut(repr(path))} is not a path in the folder of prompts; it has {NAMED}, as in team/prompt",
-                param="path",
-            )
+            message = f"{cut(repr(path))} is not a path in the folder of prompts; it has {NAME_RULE}"
+            raise RefusedNameError(message, param="path")
         return self._root / inner
 
     def _read(self, name: str, folder: Path) -> Served:
-        """Read and check a prompt; links, sizes and weights are looked at before vectors."""
+        """Read and check a prompt; links, sizes and weights are checked before vectors are read."""
         manifest = manifest_of(folder)
         if self._named.get(name) != folder:
-            self._check_inside(folder, manifest, manifest.with_name(VECTORS_FILE))
+            assert self._root is not None
+            root = os.path.realpath(self._root)
+            for path in (folder, manifest, manifest.with_name(VECTORS_FILE)):
+                if os.path.commonpath((root, os.path.realpath(path))) != root:
+                    message = "is a link out of the folder of prompts, and is not followed; copy the prompt"
+                    raise FileError(f"{path} {message}")
         for _ in range(ATTEMPTS):
             stamp, before = _stamp(folder), read_bytes(manifest, at_most=MAX_MANIFEST_BYTES)
-            _check_plausible(read_json(manifest, at_most=MAX_MANIFEST_BYTES), folder)
+            _check_manifest(read_json(manifest, at_most=MAX_MANIFEST_BYTES), folder)
             prompt = Prompt.load(folder)
             if read_bytes(manifest, at_most=MAX_MANIFEST_BYTES) == before:
                 self._check(prompt)
                 return Served(name, prompt, folder, sha256(before), time.time(), stamp)
         raise PromptError(f"{folder} is being written all the time; load it when it is done")
 
-    def _check_inside(self, *paths: Path) -> None:
-        assert self._root is not None
-        real_root = os.path.realpath(self._root)
-        for path in paths:
-            real = os.path.realpath(path)
-            if os.path.commonpath((real_root, real)) != real_root:
-                raise FileError(f"{path} is a link out of the folder of prompts, and is not followed; copy the prompt")
-
-    def _told(self, error: Exception) -> str:
-        """Return an error's message; paths are those inside of the folder of prompts, whose place is the operator's."""
+    def _message(self, error: Exception) -> str:
+        """Return an error's message, with paths relative to the folder of prompts."""
         text = str(error) if isinstance(error, PTuningError) else f"{type(error).__name__}: {error}"
         return text if self._root is None else text.replace(f"{self._root}/", "")
 
 
 def base_name_of(backbone: str) -> str:
-    """Return the name in service of a backbone: of a folder its own, without the path, which is nobody's business."""
+    """Return the name in service of a backbone: of a folder only its last part."""
     return Path(backbone).name if Path(backbone).exists() else backbone
 
 
-def _check_plausible(manifest: Mapping[str, Json], folder: Path) -> None:
+def prompts_in(root: Path) -> Iterator[Path]:
+    """Yield the folders of prompts in a folder, which may be a prompt's itself."""
+    yield from ([root] if has_prompt(root) else prompt_folders(root))
+
+
+def _check_manifest(manifest: Mapping[str, Json], folder: Path) -> None:
     slots, width = manifest.get("slots"), manifest.get("width")
     if isinstance(slots, int) and isinstance(width, int) and 4 * slots * width > MAX_VECTORS_BYTES:
         raise PromptError(
-            f"{folder} says that it has {slots} slots of width {width}, more than the {MAX_VECTORS_BYTES:,} bytes of a "
-            "prompt in service; it is damaged"
+            f"{folder} has {slots} slots of width {width} by its manifest, more than the {MAX_VECTORS_BYTES:,} bytes "
+            "of a prompt in service; it is damaged"
         )
     if manifest.get("weights") is not None:
         raise PromptError(
@@ -349,15 +323,13 @@ def _check_plausible(manifest: Mapping[str, Json], folder: Path) -> None:
         )
 
 
-def _is_name(name: str, most_parts: int) -> bool:
-    if len(name) > most_parts * 129:
-        return False
-    parts = name.split("/")
-    return len(parts) <= most_parts and all(PART.fullmatch(part) for part in parts)
+def _is_name(name: str, max_parts: int) -> bool:
+    parts = name.split("/") if len(name) <= max_parts * 129 else []
+    return 0 < len(parts) <= max_parts and all(PART.fullmatch(part) for part in parts)
 
 
 def _is_gone(folder: Path) -> bool:
-    """Whether a folder is there no more; one that cannot be looked at may be."""
+    """Whether a folder no longer exists; one that cannot be looked at may exist."""
     try:
         folder.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -367,16 +339,11 @@ def _is_gone(folder: Path) -> bool:
     return False
 
 
-def _stamp(folder: Path) -> Stamp:
-    found: list[int] = []
+def _stamp(folder: Path) -> tuple[int, ...]:
+    stamp: list[int] = []
     for inner in (folder, folder / PROMPT_FOLDER):
         for name in (MANIFEST_FILE, VECTORS_FILE):
             with contextlib.suppress(OSError):
-                about = (inner / name).stat()
-                found += about.st_ino, about.st_size, about.st_mtime_ns
-    return tuple(found)
-
-
-def prompts_in(root: Path) -> Iterator[Path]:
-    """Yield the folders of prompts that a registry finds in a folder, which may be a prompt's itself."""
-    yield from ([root] if has_prompt(root) else prompt_folders(root))
+                status = (inner / name).stat()
+                stamp += status.st_ino, status.st_size, status.st_mtime_ns
+    return tuple(stamp)
