@@ -162,7 +162,7 @@ def test_each_method_is_varied_by_what_it_depends_on(causal: Backbone) -> None:
 @pytest.mark.parametrize(
     ("vary", "says"),
     [
-        ({"encoder": ["gru"]}, "setting 'encoder' is 'gru'; it must be one of lstm, mlp, none"),
+        ({"encoder": ["gru"]}, "setting 'encoder' is 'gru'.*lstm.*mlp.*none"),
         ({"encodr": ["mlp"]}, r"unknown setting 'encodr'\. Did you mean 'encoder'\?"),
         ({"seed": [1]}, "the setting 'seed' is not varied: --seeds N repeats"),
         ({"lora_rank": [2]}, "'lora_rank' has no effect on the methods manual, p-tuning"),
