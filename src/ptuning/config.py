@@ -110,7 +110,8 @@ class Settings(BaseModel):
 
 def _config_error(error: ValidationError, settings: type[Settings]) -> ConfigError:
     first = error.errors(include_url=False, include_context=False)[0]
-    name, known = str(first["loc"][0]), list(settings.model_fields)
+    name = str(first["loc"][0]) if first["loc"] else str(first["input"])  # of a name that is no valid text
+    known = list(settings.model_fields)
     if first["type"] == "extra_forbidden":
         ours = SETTING_ALIASES.get(name)
         hint = f" Here it is called '{ours}'." if ours in known else closest(name, known)

@@ -328,7 +328,7 @@ def check_backbone(name: str, options: LoadOptions) -> tuple[Backbone | None, li
     try:
         backbone = load_backbone(name, **vars(options))
     except (MemoryError, RuntimeError) as error:  # of a device, too
-        remedy = "free memory, or take a smaller backbone, --dtype bfloat16 or --device-map auto"
+        remedy = "free memory, or take a smaller backbone, --dtype bfloat16 or device_map=auto"
         detail = f"it does not fit: {str(error) or type(error).__name__}"
         return None, [Check("backbone", "loads", "failed", detail, remedy)]
     except PTuningError as error:

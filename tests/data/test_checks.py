@@ -74,7 +74,7 @@ def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions
     empty, mistyped = warnings
     assert all(fact in empty for fact in ("'message'", "2 rows: mail.csv, lines 13, 58", "2 of 90 rows"))
     assert "'biling' looks like 'billing' (mail.csv, line 35)" in mistyped
-    assert "--merge biling=billing" in mistyped
+    assert "alias_label biling=billing" in mistyped
     assert found.report.left_out == (
         "mail.csv, line 13: no text",
         "mail.csv, line 58: no text",
@@ -90,7 +90,9 @@ def test_a_typo_is_never_merged_unless_that_is_asked_for(mail: Questions) -> Non
     assert "billing 22" in found.report.facts[0]
     assert len(found.parts["train"]) == 88
     assert not any("biling" in doubt for doubt in found.report.warnings)
-    with pytest.raises(RecordError, match=r"line 35: 'biling' is not one of the labels .*--merge \"biling=billing\""):
+    with pytest.raises(
+        RecordError, match=r"line 35: 'biling' is not one of the labels .*alias_label \"biling=billing\""
+    ):
         look(mail, list(TEAMS))
     assert look(mail, ";".join(TEAMS), merge={"biling": "billing"}).words == found.words
 
@@ -165,7 +167,9 @@ def test_stars_and_years_are_labels() -> None:
 
 def test_labels_in_another_spelling_are_one_only_when_asked() -> None:
     rows = rows_of(billing=9, Billing=5, very__late=6, very____late=1)
-    with pytest.raises(RecordError, match=r"'billing' \(9\) and 'Billing' \(5\)\. Take them as one with --merge case"):
+    with pytest.raises(
+        RecordError, match=r"'billing' \(9\) and 'Billing' \(5\)\. Take them as one with alias_label case"
+    ):
         look(rows)
     assert look(rows, merge="case").words == LabelWords({"billing": "billing", "very late": "very late"})
     given = look(rows, ["Billing", "very late"], merge=["case"])
@@ -183,7 +187,7 @@ def test_merges_are_pairs_or_case() -> None:
     assert merges(None) == ()
     assert merges({"a": "b"}) == merges("a=b") == merges([" a = b "]) == ("a=b",)
     assert merges(["case", "a=b"]) == ("a=b", "case")
-    with pytest.raises(LabelWordError, match=r"'a' is no merge of labels \(--merge\); write WRONG=RIGHT, or case"):
+    with pytest.raises(LabelWordError, match=r"'a' is no merge of labels \(alias_label\); write WRONG=RIGHT, or case"):
         merges("a")
     for wrong in (7, ["a=b", 7]):
         with pytest.raises(LabelWordError, match="labels to merge are a mapping or texts such as"):

@@ -122,7 +122,7 @@ def test_beyond_the_memory_goes_to_the_disk_or_is_computed_anew(
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == (0 if complete else 1)
     assert complete or "MB of memory" in said[0]
-    assert complete or "computed anew in every step. More memory (--cache-memory) or disk (--cache-disk)" in said[0]
+    assert complete or "computed anew in every step. More memory (cache_memory) or disk (cache_disk)" in said[0]
     assert not cache.is_used
     assert not (cache.tokens)
     assert not (cache.memory_bytes)

@@ -247,7 +247,7 @@ def test_a_stop_while_texts_are_written_does_not_wait_for_all(
 
 
 def test_beams_that_write_nothing_are_refused(causal: Backbone, masked: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"beams \(--beams\) are for answers that are written.* labels or choices"):
+    with pytest.raises(ConfigError, match=r"beams \(num_beams\) are for answers that are written.* labels or choices"):
         run_compare(causal, tmp_path, labels=";".join(WORDS), num_beams=2)
     with pytest.raises(ConfigError, match="every answer is one token"):
         run_compare(causal, tmp_path, num_beams=2)
@@ -263,7 +263,7 @@ def test_metrics_for_texts_that_do_not_fit_are_refused(causal: Backbone, tmp_pat
         run_compare(causal, tmp_path, labels=";".join(WORDS), metrics="exact")
     with pytest.raises(ConfigError, match="those here are of a vocabulary"):
         run_compare(causal, tmp_path, vocabulary="objects", metrics="exact")
-    with pytest.raises(ConfigError, match=r"references \(--gather\) are for answers that are written"):
+    with pytest.raises(ConfigError, match=r"references \(gather\) are for answers that are written"):
         run_compare(causal, tmp_path, labels=";".join(WORDS), gather=True)
     with pytest.raises(ConfigError, match="unknown metric 'blue'"):
         run_compare(causal, tmp_path, metrics="blue")

@@ -631,7 +631,8 @@ def settings(draw: Draw) -> None:
     config = tried(config_of, pairs, epochs=3)
     tried(varied_by, pairs, config or TrainConfig())
     tried(fields_of, pairs)
-    tried(backbone_options, device_map=draw(changed_text('{"model.layers.0": 0, "": "disk"}')))
+    device_map = draw(changed_text('{"model.layers.0": 0, "": "disk"}'))
+    tried(backbone_options, model_arg=[f"device_map={device_map}"])
 
 
 CELLS: tuple[Any, ...] = (

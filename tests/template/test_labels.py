@@ -115,7 +115,7 @@ def test_a_records_label_is_known_by_its_name() -> None:
     """Answers are keyed by name, never by position: files of one task may put their labels in another order."""
     assert WORDS.label_of({"y": "negative"}, where="here") == 1
     WORDS.check_records(Records([{"y": "negative"}, {"y": "positive"}]))
-    with pytest.raises(RecordError, match=r"a.jsonl, record 2: 'postive' .*'positive'.*--merge"):
+    with pytest.raises(RecordError, match=r"a.jsonl, record 2: 'postive' .*'positive'.*alias_label"):
         WORDS.check_records(Records([{"y": "negative"}, {"y": "postive"}], name="a.jsonl"))
     many = Records([{"y": "negative"}, *({"y": f"odd {at}"} for at in range(8))], name="a.jsonl")
     with pytest.raises(RecordError, match=r"record 2: 'odd 0' .* Neither is a.jsonl, record 3: 'odd 1'; .*; 8 rows in"):

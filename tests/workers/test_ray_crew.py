@@ -283,7 +283,7 @@ class TestWorker:
 
     def test_a_backbone_over_several_processes_is_refused(self, causal: Backbone, tmp_path: Path) -> None:
         causal.shards = Shards("tp", 2)
-        with pytest.raises(ConfigError, match="workers have a whole backbone each: leave out --shard"):
+        with pytest.raises(ConfigError, match="workers have a whole backbone each: leave out shard"):
             self.asked(causal, tmp_path / "mark")
 
     def test_another_version_or_backbone_is_refused(self, causal: Backbone, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ class Backbone:
             raise BackboneError(
                 f"{self.name}: its weights are spread over {self.shards.processes} processes, and only a prompt's "
                 "slots can be trained beside such weights; leave out what needs a copy of the backbone (tuned, lora, a "
-                "classification head, random weights), or load it without --shard"
+                "classification head, random weights), or load it without shard"
             )
         if is_offloaded(self.model):
             raise BackboneError(
@@ -275,7 +275,7 @@ class Backbone:
             raise BackboneError(
                 f"{self.name}: its weights are quantised ({self.loaded['quantization']}), so they cannot be trained or "
                 "drawn anew; leave out what needs a copy of the backbone (tuned, a classification head, random "
-                "weights), or load it without --quantize, or from a folder that is not quantised"
+                "weights), or load it without quantize, or from a folder that is not quantised"
             )
         other = copy.copy(self)
         for name in ("fingerprint", "trained", "table_statistics"):

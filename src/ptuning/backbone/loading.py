@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER_NEEDS = "The folder must hold config.json, a tokenizer and whole safetensors files"
-CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=True (--trust-remote-code)"
-QUANTIZE_NEEDS = "Not every machine and model can be quantised so; try another --quantize, or none"
-SMALLER = "take fewer bits for its weights (--dtype, --quantize), spread them (--shard map), or use --device cpu"
+CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=true"
+QUANTIZE_NEEDS = "Not every machine and model can be quantised so; try another quantize, or none"
+SMALLER = "take fewer bits for its weights (dtype, quantize), spread them (shard=map), or use --device cpu"
 GGUF_NEEDS = "transformers reads causal models of common architectures; take the model's safetensors instead"
 
 
@@ -136,7 +136,7 @@ def _number_format(name: str, asked: LoadOptions, config: PretrainedConfig, plac
     """Return the number format to load, or that of what is not quantised."""
     stored = format_of(config)
     if stored is not None and asked.quantize is not None:
-        raise BackboneError(f"the backbone '{name}' is quantised already: {stored}; leave out quantize (--quantize)")
+        raise BackboneError(f"the backbone '{name}' is quantised already: {stored}; leave out quantize")
     chosen = _chosen(asked.dtype) or automatic(place, quantize=asked.quantize is not None)
     warn_if_slow(chosen.dtype, place)
     logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)

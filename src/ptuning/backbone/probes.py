@@ -114,7 +114,7 @@ def check_reading(backbone: Probed) -> None:
             raise BackboneError(
                 f"{called} answers differently where later tokens stand behind: weights quantised to {stored} are "
                 "multiplied in another way for each pass, and with this model that changes the answer; load it in "
-                "another format (--quantize int8 or nf4, or none)"
+                "another format (quantize=int8 or nf4, or none)"
             )
         raise BackboneError(
             f"{called} lets a position see later tokens, so it would be shown the target; use a causal "
@@ -188,7 +188,7 @@ def check_gradients(backbone: Probed) -> None:
     Source: docs/big-models.md (quantised weights whose products are rounded have a gradient that is zero everywhere).
     """
     called = f"{backbone.name}: {type(backbone.model).__name__}"
-    do = "load it in another format (--dtype, --quantize), or take another backbone"
+    do = "load it in another format (dtype, quantize), or take another backbone"
     with running(f"{called} cannot be trained through", do=do), evaluating(backbone.model):
         logits, embeddings = _at_the_end(backbone, with_gradients=True)
         (gradient,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), embeddings)

@@ -128,7 +128,7 @@ class LoadOptions:
             elif here and "/" in str(value) and not self.trust_remote_code:
                 raise BackboneError(
                     f"{ATTENTION} '{value}' is code on the hub, which runs only if you ask for it with "
-                    "trust_remote_code=True (--trust-remote-code)"
+                    "trust_remote_code=true"
                 )
 
 

@@ -23,7 +23,7 @@ from ptuning.template.segments import Kind, Tokenizer
 
 # `--labels auto`: the different targets are the labels, each its own word.
 AUTO = "auto"
-# `--merge case`: labels that differ in capitals and spaces only are one.
+# `alias_label case`: labels that differ in capitals and spaces only are one.
 CASE = "case"
 Labels: TypeAlias = LabelWords | Mapping[str, Sequence[str]] | Sequence[str] | str
 Merge: TypeAlias = Mapping[str, str] | Sequence[str] | str
@@ -337,7 +337,7 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
         elif old and equals and new:
             pairs[old] = new
         else:
-            raise LabelWordError(f"'{text}' is no merge of labels (--merge); write WRONG=RIGHT, or {CASE}")
+            raise LabelWordError(f"'{text}' is no merge of labels (alias_label); write WRONG=RIGHT, or {CASE}")
     return pairs, by_case
 
 
@@ -397,7 +397,7 @@ def _without_mistyped(
             wrong = [row for row in questions if row.record[TARGET_FIELD] == label]
             warnings.append(
                 f"{name}: '{label}' looks like '{right}' ({_places(wrong)}); left out. Correct it in the file, or "
-                f"count it as that label: --merge {_quoted(f'{label}={right}')}"
+                f"count it as that label: alias_label {_quoted(f'{label}={right}')}"
             )
             left += [f"{_place(row)}: '{label}' looks like '{right}'" for row in wrong]
         report += Report(warnings=tuple(warnings), left_out=tuple(left))
@@ -414,8 +414,8 @@ def _check_spellings(counts: Mapping[str, int], mistyped: Mapping[str, str], *, 
     if same:
         shown = "; ".join(" and ".join(f"'{label}' ({counts[label]})" for label in listed) for listed in same[:SHOWN])
         raise RecordError(
-            f"{name}: labels differ in capitals or spaces only: {shown}. Take them as one with --merge {CASE}, or name "
-            'the labels (--labels "good;bad")'
+            f"{name}: labels differ in capitals or spaces only: {shown}. Take them as one with alias_label {CASE}, or "
+            'name the labels (--labels "good;bad")'
         )
 
 

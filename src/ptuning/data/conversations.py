@@ -277,7 +277,7 @@ def system_text(questions: Questions) -> str | None:
         (first, where), (second, other) = list(texts.items())[:2]
         raise ConfigError(
             f"{questions.name} has {len(texts)} different system texts, as '{cut(first)}' ({where}) and "
-            f"'{cut(second)}' ({other}), and the slots start at one: give it (--system TEXT), and theirs are not read"
+            f"'{cut(second)}' ({other}), and the slots start at one: give it (system), and theirs are not read"
         )
     return next(iter(texts), None)
 

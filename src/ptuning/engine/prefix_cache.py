@@ -195,7 +195,7 @@ class PrefixCache:
             self._told = True
             logger.warning(
                 "the KV cache takes %s, and has no room for %d of %d texts in front of the slots; they are computed "
-                "anew in every step. More memory (--cache-memory) or disk (--cache-disk) makes training faster",
+                "anew in every step. More memory (cache_memory) or disk (cache_disk) makes training faster",
                 self.size,
                 left_out,
                 len(wanted),

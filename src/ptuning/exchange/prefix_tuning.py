@@ -35,7 +35,7 @@ def check_prefix(prompt: Prompt) -> None:
     if prompt.deep.block is None or prompt.deep.slots or prompt.slots:
         raise ExchangeError(
             f"of deep slots, PEFT holds keys and values in front of a text alone, and the template '{prompt.template}' "
-            "has other slots as well; train one with [D] at its front and no other slots (--method p-tuning-v2)"
+            "has other slots as well; train one with [D] at its front and no other slots (method p-tuning-v2)"
         )
 
 

@@ -156,7 +156,7 @@ def compare_labelled(
         single = all(one_token.every(part.records) for part in parts.values())
         if single and scored.num_beams > 1:
             raise ConfigError(
-                "beams (--beams) are for texts that are written, and here every answer is one token, so that all "
+                "beams (num_beams) are for texts that are written, and here every answer is one token, so that all "
                 "tokens are ranked; leave them out, or name --metrics"
             )
         listed = _listed(vocabulary, parts)
@@ -199,8 +199,8 @@ class ScoredBy:
         if is_closed or vocabulary is not None:
             for option, given in (
                 ("metrics for texts (--metrics)", named),
-                ("references (--gather)", gather),
-                ("beams (--beams)", beams > 1),
+                ("references (gather)", gather),
+                ("beams (num_beams)", beams > 1),
             ):
                 if given:
                     answers = "labels or choices" if is_closed else "of a vocabulary"
@@ -219,7 +219,7 @@ def without_scoring(options: CompareOptions) -> PlanOptions:
 
 def _check_beams(backbone: Backbone) -> None:
     if backbone.kind in FILLS_MASKS:
-        raise ConfigError("beams (--beams) are for models that write; this one fills masks, all at once")
+        raise ConfigError("beams (num_beams) are for models that write; this one fills masks, all at once")
 
 
 def _listed(vocabulary: str | Path | None, parts: Mapping[str, Questions]) -> Vocabulary:

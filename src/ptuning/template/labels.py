@@ -138,7 +138,7 @@ class LabelWords:
         right = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.5) or ["RIGHT"]
         raise RecordError(
             f"{self._unknown(label, where=records.place(first))}{also} Correct the file, name the label (--labels), or "
-            f'count it as another (--merge "{label}={right[0]}")'
+            f'count it as another (alias_label "{label}={right[0]}")'
         )
 
     def examples(self, bound: TokenizedTemplate, record: Record) -> list[Example]:

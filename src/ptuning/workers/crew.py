@@ -24,7 +24,7 @@ AUTO = "auto"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ANSWER_SECONDS = 10.0  # that an address may take to answer
 SHARDED = (
-    "workers have a whole backbone each: leave out --shard tp and --shard layers, or use --shard map or --quantize, or "
+    "workers have a whole backbone each: leave out shard=tp and shard=layers, or use shard=map or quantize, or "
     "no workers (--workers, --ray)"
 )
 INSTALL = 'pip install -c constraints.txt "ptuning[ray]"'

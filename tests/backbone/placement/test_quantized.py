@@ -203,7 +203,7 @@ def test_what_quantised_weights_cannot_do_is_refused(quantize: str, load: Callab
     packed = load(quantize)
     with pytest.raises(BackboneError, match=r"its weights are quantised \(.*\), so they cannot be trained or"):
         train(WARM, RECORDS, backbone=packed, config=TrainConfig(train_backbone="full"))
-    with pytest.raises(BackboneError, match="or load it without --quantize"):
+    with pytest.raises(BackboneError, match="or load it without quantize"):
         packed.with_random_weights(seed=0)
 
 
@@ -244,7 +244,7 @@ def test_a_format_that_a_model_cannot_be_read_in_says_so(causal: Backbone, monke
     monkeypatch.setattr(probes, "format_of", lambda _: BNB8)
     same = iter([True, True, False])  # embeddings, positions, and what stands behind
     monkeypatch.setattr(probes, "same_logits", lambda *_: next(same))
-    with pytest.raises(BackboneError, match=r"quantised to bitsandbytes int8, .*--quantize int8 or nf4, or none"):
+    with pytest.raises(BackboneError, match=r"quantised to bitsandbytes int8, .*quantize=int8 or nf4, or none"):
         probes.check_reading(causal)
 
 

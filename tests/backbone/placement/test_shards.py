@@ -93,7 +93,7 @@ def vectors(folder: Path) -> Tensor:
 
 
 def test_the_command_trains_over_two_processes(folders: dict[str, Path], tmp_path: Path) -> None:
-    """`torchrun --nproc-per-node 2 -m ptuning train --shard tp`: the first process speaks for both."""
+    """`torchrun --nproc-per-node 2 -m ptuning train --model-arg shard=tp`: the first process speaks for both."""
     write_json_lines(tmp_path / "data.jsonl", RECORDS)
     words = ["train", "--data", tmp_path / "data.jsonl", "--template", WARM, "--set", "epochs=1", "--dtype", "float32"]
     words += ["--backbone", folders["llama"], "--device", "cpu"]
@@ -134,7 +134,7 @@ def test_a_model_without_a_plan_says_what_it_can_do(
 ) -> None:
     assert not transformers.AutoConfig.from_pretrained(model_folder("bert")).base_model_tp_plan
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BackboneError, match=r"no plan for the tensor parallelism of bert; use --shard layers"):
+    with pytest.raises(BackboneError, match=r"no plan for the tensor parallelism of bert; use shard=layers"):
         load_backbone(model_folder("bert"), shard="tp")
 
 
@@ -156,7 +156,7 @@ def test_commands_of_one_process_refuse_it(folders: dict[str, Path]) -> None:
         "eval", "manual:[X] is [Y]", "--data", "capitals:dev", "--backbone", folders["llama"], "--model-arg", "shard=tp"
     )
     assert found.code == 2
-    assert "--shard tp is for train and fleet" in found.err
+    assert "shard=tp is for train and fleet" in found.err
 
 
 def test_what_is_timed_runs_in_one_process(causal: Backbone) -> None:

@@ -54,7 +54,7 @@ def check_launch(how: str) -> None:
     if how != "map" and launched() == 1:
         raise BackboneError(
             f"shard '{how}' spreads the model over several processes, and there is one; start several with: {START}; "
-            "or use shard 'map' (--shard map): one process over all devices, the processor's memory and the disk"
+            "or use shard 'map': one process over all devices, the processor's memory and the disk"
         )
     if how == "map" and launched() > 1:
         raise BackboneError(
@@ -72,12 +72,12 @@ def tensor_parallel(config: PretrainedConfig, *, name: str) -> object:
     except ImportError as error:
         raise BackboneError(
             f"{name}: this release of transformers knows no tensor parallelism of this kind ({error}); install "
-            "transformers 5.23, or use --shard layers or --shard map"
+            "transformers 5.23, or use shard=layers or shard=map"
         ) from error
     if not getattr(config.get_text_config(), "base_model_tp_plan", None):
         raise BackboneError(
-            f"{name}: transformers has no plan for the tensor parallelism of {config.model_type}; use --shard layers, "
-            "which any model with a list of layers takes, or --shard map (one process)"
+            f"{name}: transformers has no plan for the tensor parallelism of {config.model_type}; use shard=layers, "
+            "which any model with a list of layers takes, or shard=map (one process)"
         )
     return DistributedConfig(tp_size=launched(), tp_plan="auto")
 
@@ -91,12 +91,12 @@ def shard_layers(layers: Iterable[nn.Module], *, device: torch.device, name: str
     """
     found = list(layers)
     if not found:
-        raise BackboneError(f"{name}: the model has no list of layers that could be spread; use --shard map")
+        raise BackboneError(f"{name}: the model has no list of layers that could be spread; use shard=map")
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
-        raise BackboneError(f"shard 'layers' needs torch 2.6 or later ({error}); use --shard map") from error
+        raise BackboneError(f"shard 'layers' needs torch 2.6 or later ({error}); use shard=map") from error
     mesh = init_device_mesh(device.type, (launched(),))
     for layer in found:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # each is its own root, which would keep its weights
