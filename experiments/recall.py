@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -324,7 +324,7 @@ def learn(backbone: Backbone, parts: Mapping[str, Records], settings: Settings, 
             parts["train"],
             dev=parts["dev"],
             backbone=backbone,
-            config=replace(settings.prompt, seed=seed),
+            config=settings.prompt.with_settings({"seed": seed}),
             out=out / f"seed-{seed}" if out is not None else None,
         )
         rows.append(hits(ptuning.PromptModel(backbone), result.prompt, parts["test"]))
@@ -394,7 +394,7 @@ def run(settings: Settings, *, out: Path, report: Callable[[str], None]) -> dict
         relations[name] = run_relation(backbone, rows, settings, out=out)
         report(f"{name}: done after {time.monotonic() - began:.0f} s")
     results: dict[str, Json] = {
-        "settings": {**asdict(settings), "relations": list(settings.relations)},
+        "settings": {**vars(settings), "relations": list(settings.relations), "prompt": settings.prompt.to_json()},
         "versions": dict(versions()),
         "sentences": len(corpus),
         "tokens": len(tokenizer),
