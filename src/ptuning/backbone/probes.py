@@ -185,7 +185,7 @@ def check_gradients(backbone: Probed) -> None:
 
     It is not looked at where the logits are: past all layers, a gradient gets there even through weights of which none
     lets it pass. Raises BackboneError if there is none, if it is zero, or no number.
-    Source: docs/big-models.md (quantised weights whose products are rounded have a gradient that is zero everywhere).
+    Source: docs/scale.md (quantised weights whose products are rounded have a gradient that is zero everywhere).
     """
     called = f"{backbone.name}: {type(backbone.model).__name__}"
     do = "load it in another format (dtype, quantize), or take another backbone"

@@ -1,4 +1,4 @@
-"""The file of a fleet: TOML with default settings and a table for each prompt. docs/fleets.md describes the keys."""
+"""The file of a fleet: TOML with default settings and a table for each prompt. docs/scale.md describes the keys."""
 
 from __future__ import annotations
 

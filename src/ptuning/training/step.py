@@ -38,7 +38,7 @@ JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts share a pass while padding adds at most 25 % to the tokens of each prompt's rows.
 JOINT_PADDING = 1.25
 # Rows of a prompt run alone if what they begin with saves so many tokens: a GPU runs fewer in the time of the launches.
-# Source: docs/fleets.md, "On a GPU".
+# Source: docs/scale.md, "On a GPU".
 ALONE_TOKENS = {"cpu": 0}
 ALONE_TOKENS_ELSEWHERE = 4096
 # The most tokens of a pass over several records, pads included: a batch of long rows runs in several passes with the

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The package that makes each format.
 PACKAGES: Mapping[str, str] = {"int8": "torchao", "nf4": "bitsandbytes", "int8-bnb": "bitsandbytes"}
 # What is known of a prompt that is used in another format than it was trained in.
-# Source: docs/big-models.md, where it was measured.
+# Source: docs/scale.md, where it was measured.
 TRAVELS = "prompts were measured to score alike in both, within the error of the measurement; evaluate it again"
 ANOTHER = (
     "weights of 4 bits make another model of a small one, and prompts scored 0.27 there instead of 0.40 (smollm2-135m) "

@@ -36,7 +36,7 @@ SHOWN_PLACES = 3
 
 @options.takes(shares=shares_of, backbone=options.backbone_options)
 def fleet(
-    config: Annotated[Path, option(metavar="FILE", panel=TRAINING, about="TOML with the prompts: docs/fleets.md.")],
+    config: Annotated[Path, option(metavar="FILE", panel=TRAINING, about="TOML with the prompts: docs/scale.md.")],
     out: Annotated[Path, option(metavar="DIR", panel=OUTPUT, about="Folder with a folder for each prompt.")],
     at_once: Annotated[
         int | None, option(metavar="N", panel=TRAINING, about="Prompts that train at the same time.", min=1)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ptuning.training.encoders.encoder import PromptEncoder
 
-# Types of devices on which encoders work together. Source: docs/fleets.md, "On a GPU".
+# Types of devices on which encoders work together. Source: docs/scale.md, "On a GPU".
 DEVICES = frozenset({"cuda"})
 # Encoders whose products can be batched. An LSTM is one call of the device's own library for each prompt.
 BATCHED = ("none", "mlp")
