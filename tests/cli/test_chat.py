@@ -115,7 +115,7 @@ def test_a_system_text_is_what_the_slots_start_at(chatty: Path) -> None:
     assert "<<SYS>>\n[P:be kind]\n<</SYS>>" in template_of("other")
     several = write("several.jsonl", [{**row, "system": f"be {at}"} for at, row in enumerate(TALKS)])
     asked = ("train", "--data", several, "--chat", "--backbone", chatty, "--out", "third")
-    fails(*asked, says=["6 different system texts, as 'be 0' (several.jsonl, line 1)", "--system TEXT"])
+    fails(*asked, says=["6 different system texts, as 'be 0' (several.jsonl, line 1)", "(system)"])
     works(*asked, *QUICK, "--set", "system=be kind")
     own = "<s>[P] {system} [C] [[/INST] [Y]</s>"  # a template of one's own may read them
     works("train", "--data", several, "--template", own, "--backbone", chatty, *QUICK, "--out", "fourth")

@@ -334,7 +334,7 @@ def test_parts_say_what_collects_them(llama: str) -> None:
         (("--part", "first"), "part 'first' is not K/N"),
         (("--gpus-per-worker", "0.5"), "--gpus-per-worker goes with --workers or --ray"),
         (("--workers", "2", "--gpus-per-worker", "-1"), "gpus of a worker is -1"),
-        (("--workers", "2", "--model-arg", "shard=tp"), "workers have a whole backbone each: leave out --shard tp"),
+        (("--workers", "2", "--model-arg", "shard=tp"), "workers have a whole backbone each: leave out shard=tp"),
         (("--model-arg", "shard=tp"), "shard=tp is for train and fleet"),
     ],
 )

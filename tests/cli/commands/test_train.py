@@ -95,7 +95,7 @@ def test_strict_refuses_what_may_be_a_mistake(llama: str, mail: tuple[Path, Path
         ("message,team,id\na,billing,1\n", "auto", ["mail.csv, line 2: no target", "id, message, team", "y=NAME"]),
         ("message,price\n" + "".join(f"m{at},{at}.5\n" for at in range(9)), "auto", ["numbers", "a few classes"]),
         ("message,team\n" + "".join(f"m{at},t{at // 2}\n" for at in range(20_000)), "auto", ["10,000 different"]),
-        ("message,team\n" + "a,Sales\nb,sales\n" * 9, "auto", ["'Sales' (9) and 'sales' (9)", "--alias-label case"]),
+        ("message,team\n" + "a,Sales\nb,sales\n" * 9, "auto", ["'Sales' (9) and 'sales' (9)", "alias_label case"]),
         ("message,team\n" + "a,sales\nb,  \n" * 9, "auto", ["mail.csv, line 3: no target", "fill it in"]),
         ("message,team\n" + "a,sales\n" * 9, "auto", ["one label only (sales)", "--labels"]),
     ],
