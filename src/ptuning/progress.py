@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 # Numbers of a training, in the order of a log's columns.
-NUMBERS = ("step", "epoch", "loss", "lr", "tokens_per_second", "train_loss", "dev_loss", "dev_score")
+RATES = ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr")
+NUMBERS = ("step", "epoch", "loss", *RATES, "tokens_per_second", "train_loss", "dev_loss", "dev_score")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Progress:
         note: What a person reads.
         name: Which training it is, where there are several: the prompt of a fleet, the cell of a comparison.
         numbers: Of a training: ``step`` (optimizer steps taken) and ``epoch``; after a step its ``loss`` (mean over
-            the tokens, or records with labels, of the batch), ``lr`` (learning rate) and ``tokens_per_second``; after
-            an epoch ``train_loss`` (its mean, not before training), ``dev_loss`` and ``dev_score``.
+            the tokens, or records with labels, of the batch), ``tokens_per_second`` and the learning rates of what is
+            trained, each by its setting (:data:`RATES`); after an epoch ``train_loss`` (its mean, not before training),
+            ``dev_loss`` and ``dev_score``.
         seconds_left: Of a comparison: how long its other cells will take.
         untimed: How many cells this leaves out, because no cell of their method is finished yet.
     """

@@ -661,7 +661,8 @@ def test_numbers_go_to_a_log_in_the_output_folder(llama: str, data: Path) -> Non
     args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
     works("train", *args, "--set", "log_to=csv")
     first = Path("out/log/log.csv").read_text(encoding="utf-8").splitlines()
-    assert first[0] == "step,epoch,loss,lr,tokens_per_second,train_loss,dev_loss,dev_score"
+    rates = "lr,deep_lr,head_lr,backbone_lr,lora_lr"
+    assert first[0] == f"step,epoch,loss,{rates},tokens_per_second,train_loss,dev_loss,dev_score"
     works("train", *args, "--set", "log_to=csv, tensorboard", "--overwrite")
     assert len(Path("out/log/log.csv").read_text(encoding="utf-8").splitlines()) == len(first) > 3
     assert list(Path("out/log").glob("events.*"))

@@ -35,7 +35,7 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FILE
-from ptuning.progress import NUMBERS, Interrupted, Progress
+from ptuning.progress import NUMBERS, RATES, Interrupted, Progress
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -47,8 +47,10 @@ from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
 from ptuning.training.checkpoint import RunState
+from ptuning.training.optimizer import linear_schedule
+from ptuning.training.run import train
 from ptuning.training.step import Chunk, Step
-from ptuning.training.trainer import Trainer, rate
+from ptuning.training.trainer import Trainer
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer, small_memory
 from tests.families import backbone_of
@@ -998,13 +1000,13 @@ def test_dev_data_chooses_and_does_not_train(causal: Backbone) -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     """Linear warm-up, linear decay, never zero at a step that is taken."""
-    factors = [rate(step, 20, warmup_fraction=0.25) for step in range(20)]
+    factors = [linear_schedule(step, 20, warmup_fraction=0.25) for step in range(20)]
     assert factors[5] == max(factors) == 1.0
     assert factors[:6] == sorted(factors[:6])
     assert factors[5:] == sorted(factors[5:], reverse=True)
     assert min(factors) > 0
-    assert rate(0, 1, warmup_fraction=0.0) == 1.0
-    assert rate(0, 1, warmup_fraction=0.1) == 0.5
+    assert linear_schedule(0, 1, warmup_fraction=0.0) == 1.0
+    assert linear_schedule(0, 1, warmup_fraction=0.1) == 0.5
 
 
 def test_gradients_are_clipped(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1033,6 +1035,25 @@ def test_progress_is_reported(causal: Backbone) -> None:
     assert [p.done for p in seen if p.stage == "epoch"] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("template", "settings", "names"),
+    [
+        (TEMPLATE, {}, {"lr"}),
+        ("[D*2] [X] [Y]", {}, {"deep_lr"}),
+        ("[X] [Y]", {"train_backbone": "full"}, {"backbone_lr"}),
+        (TEMPLATE, {"train_backbone": "lora"}, {"lr", "lora_lr"}),
+    ],
+)
+def test_the_learning_rates_of_what_is_trained_are_logged(
+    causal: Backbone, template: str, settings: dict[str, Any], names: set[str]
+) -> None:
+    config = TrainConfig(epochs=1, warmup_fraction=0.0, batch_size=100, **settings)
+    seen: list[Progress] = []
+    train(template, FACTS, backbone=causal, dev=FACTS, config=config, report=seen.append)
+    (numbers,) = [now.numbers for now in seen if now.stage == "train"]
+    assert {name: numbers[name] for name in RATES if name in numbers} == {name: getattr(config, name) for name in names}
+
+
 def test_callbacks_get_numbers(causal: Backbone) -> None:
     """Of every step and every evaluation, so that nobody has to read them out of the text."""
     seen: list[Progress] = []
@@ -1041,7 +1062,7 @@ def test_callbacks_get_numbers(causal: Backbone) -> None:
     found.fit(items, items, report=seen.append)
     steps = [p.numbers for p in seen if p.stage == "train"]
     assert [(one["step"], one["epoch"]) for one in steps] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
-    assert [one["lr"] for one in steps] == [0.5 * rate(step, 6, warmup_fraction=0.1) for step in range(6)]
+    assert [one["lr"] for one in steps] == [0.5 * linear_schedule(step, 6, warmup_fraction=0.1) for step in range(6)]
     assert all(one["loss"] > 0 and one["tokens_per_second"] > 0 for one in steps)
     assert all(set(one) <= set(NUMBERS) for one in steps)
     start, *epochs = [p.numbers for p in seen if p.stage == "epoch"]

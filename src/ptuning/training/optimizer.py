@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -44,21 +45,38 @@ def make_optimizer(
     encoders: Sequence[nn.Module], weights: Mapping[str, Tensor], config: TrainConfig
 ) -> torch.optim.AdamW:
     """Return the optimizer of a prompt encoder, of one of deep slots if it is the second, and of the backbone's
-    ``weights`` that are trained.
+    ``weights`` that are trained. Each group names the ``setting`` of its peak learning rate.
     """
-    groups: list[dict[str, list[nn.Parameter] | list[Tensor] | float]] = [
-        {"params": list(encoder.parameters()), "lr": peak}
-        for encoder, peak in zip(encoders, (config.lr, config.deep_lr), strict=False)
+    groups: list[dict[str, list[nn.Parameter] | list[Tensor] | float | str]] = [
+        {"params": list(encoder.parameters()), "lr": getattr(config, setting), "setting": setting}
+        for encoder, setting in zip(encoders, ("lr", "deep_lr"), strict=False)
     ]
-    peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.train_backbone, config.backbone_lr)
+    setting = {"lora": "lora_lr", "head": "head_lr"}.get(config.train_backbone, "backbone_lr")
     decay = config.backbone_weight_decay if config.train_backbone == "full" else 0.0
     for is_matrix in (True, False):
         own = [weight for weight in weights.values() if (weight.ndim > 1) == is_matrix]
         if own:
-            groups.append({"params": own, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
+            own_decay = decay if is_matrix else 0.0
+            groups.append(
+                {"params": own, "lr": getattr(config, setting), "weight_decay": own_decay, "setting": setting}
+            )
     # Fused where it matters: other variants hold a second copy of all weights while they step.
     fused = True if config.train_backbone == "full" else None
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, share: float, peaks: Sequence[float]) -> dict[str, float]:
+    """Return the learning rates at a share of their peaks by their settings, of groups that hold any numbers."""
+    groups = zip(optimizer.param_groups, peaks, strict=True)
+    return {group["setting"]: share * peak for group, peak in groups if any(w.numel() for w in group["params"])}
+
+
+def linear_schedule(step: int, total_steps: int, *, warmup_fraction: float) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, then linear decay to zero."""
+    warmup = math.ceil(total_steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (total_steps - step) / max(1, total_steps - warmup)
 
 
 def overflows(optimizer: torch.optim.Optimizer) -> bool:

@@ -26,6 +26,7 @@ from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.training.checkpoint import KeptWeights, RunState, damaged, read_checkpoint, write_checkpoint
+from ptuning.training.optimizer import learning_rates, linear_schedule
 from ptuning.training.step import Learner, Step, Taken, take_steps
 
 logger = logging.getLogger(__name__)
@@ -236,7 +237,7 @@ class Trainer:
         total_steps = math.ceil(len(train) / group_size) * config.epochs
         while state.position < len(train):
             step = state.step - state.first_step
-            factor = state.share * rate(step, total_steps, warmup_fraction=config.warmup_fraction)
+            factor = state.share * linear_schedule(step, total_steps, warmup_fraction=config.warmup_fraction)
             items = [train[index] for index in order[state.position : state.position + group_size]]
             yield Step(self.learner, items, state.step, state.epoch, factor)
 
@@ -259,7 +260,7 @@ class Trainer:
             "step": state.step,
             "epoch": step.epoch,
             "loss": taken.loss_sum / taken.loss_count,
-            "lr": step.rate * self.config.lr,
+            **learning_rates(self.learner.optimizer, step.rate, self.learner.peaks),
             "tokens_per_second": taken.tokens / taken.seconds if taken.seconds else 0.0,
         }
 
@@ -415,11 +416,3 @@ def _of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _guessed(found: Evaluation) -> dict[str, int]:
     """Return the number of different classes that were guessed; a single one is a sign of a stuck model."""
     return {"guessed_classes": len(set(found.guesses))} if found.guesses else {}
-
-
-def rate(step: int, total_steps: int, *, warmup_fraction: float) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then linear decay to zero."""
-    warmup = math.ceil(total_steps * warmup_fraction)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (total_steps - step) / max(1, total_steps - warmup)
