@@ -42,7 +42,7 @@ from benchmarks.material import (
 )
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import has_units
-from ptuning.engine.objective import Item
+from ptuning.engine.objective import ScoringRequest
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 ROWS = 16
@@ -135,7 +135,7 @@ def steps_of(backbones: Mapping[str, Backbone], settings: Settings) -> tuple[lis
     return rows, answer(gains[worst], f"by size of batches {listed}")
 
 
-def stepping(backbone: Backbone, items: list[Item], batch_size: int) -> Callable[[int], float]:
+def stepping(backbone: Backbone, items: list[ScoringRequest], batch_size: int) -> Callable[[int], float]:
     """Return what trains on items for an epoch and returns the seconds of its steps."""
     bound = bind(backbone, FACTS_TEMPLATE)
     rows, parts = passes(batch_size, mean_tokens(items))
@@ -172,7 +172,7 @@ def computing(way: Way, backbone: Backbone) -> Iterator[Backbone]:
 
 
 @torch.no_grad()
-def logits_of(way: Way, backbones: Mapping[str, Backbone], items: list[Item], *, slots: int) -> torch.Tensor:
+def logits_of(way: Way, backbones: Mapping[str, Backbone], items: list[ScoringRequest], *, slots: int) -> torch.Tensor:
     """Return the logits at the scored positions, (N, V) float32."""
     with computing(way, backbones[way.dtype]) as backbone:
         return bare_logits(backbone, items, slots=slots)

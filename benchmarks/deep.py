@@ -46,12 +46,11 @@ from benchmarks.peer import MISSING, PrefixPeer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings, TrainConfig
-from ptuning.engine.deep import block_of
-from ptuning.engine.learned import Deep, Learned
-from ptuning.engine.objective import Item, inputs_of
-from ptuning.engine.passes import target_logits
-from ptuning.engine.writing.ending import OpenRow
-from ptuning.engine.writing.generate import write_answers
+from ptuning.engine.decoding.decoder import GenerationInput
+from ptuning.engine.decoding.generate import generate_answers
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import ScoringRequest, inputs_of
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch, prefix_of_tokens
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.encode import TokenizedTemplate
@@ -109,7 +108,7 @@ def main(settings: Settings) -> None:
 
 def short_facts(
     backbone: Backbone, settings: Settings, *, slots: int
-) -> tuple[TokenizedTemplate, list[Item], int, int]:
+) -> tuple[TokenizedTemplate, list[ScoringRequest], int, int]:
     """Return the template with deep slots that start at tokens, the items of some steps, and how a batch is cut."""
     draw = random.Random(f"deep {settings.seed}")
     bound = bind(backbone, f"[D*{slots}] {FACTS}")
@@ -145,7 +144,7 @@ def steps(backbone: Backbone, settings: Settings, *, slots: int) -> Found:
     ]
     if "peft" not in found:
         return cells, no_answer(MISSING)
-    gap = start_gap(backbone, items[:8], Deep(block, bound.layout.lead))
+    gap = start_gap(backbone, items[:8], DeepParams(block, bound.layout.lead))
     note = f"batch of {batch_size * parts}; log-probabilities before the first step differ by {gap:.0e}"
     say(f"  {note}")
     if gap > MOST_GAP[backbone.dtype]:
@@ -155,13 +154,13 @@ def steps(backbone: Backbone, settings: Settings, *, slots: int) -> Found:
 
 def block_at_start(backbone: Backbone, bound: TokenizedTemplate) -> torch.Tensor:
     """Return the keys and values that the deep slots in front of a template start at, (L, 2, K, C, D)."""
-    return block_of(backbone, [token or 0 for token in (*bound.layout.lead_ids, *bound.layout.block_ids)])
+    return prefix_of_tokens(backbone, [token or 0 for token in (*bound.layout.lead_ids, *bound.layout.block_ids)])
 
 
 @torch.no_grad()
-def start_gap(backbone: Backbone, items: list[Item], deep: Deep) -> float:
+def start_gap(backbone: Backbone, items: list[ScoringRequest], deep: DeepParams) -> float:
     """Return the largest difference of a target's log-probability between ptuning and PEFT at the start."""
-    learned = Learned.of(torch.zeros(0, backbone.width), deep).to(backbone.device)
+    learned = PromptBatch.of(torch.zeros(0, backbone.width), deep).to(backbone.device)
     logits = target_logits(backbone, inputs_of(items), learned).log_softmax(-1)  # (N, V)
     assert deep.block is not None
     with PrefixPeer(backbone, block=deep.block) as prompt:
@@ -185,7 +184,7 @@ def late(backbone: Backbone, settings: Settings) -> Found:
     batch_size, parts = passes(rows, length)
     bound = bind(backbone, LATE)
     slots = len(bound.layout.deep_slots)
-    block = block_of(backbone, backbone.tokenizer.encode([ENDING])[0][:slots])
+    block = prefix_of_tokens(backbone, backbone.tokenizer.encode([ENDING])[0][:slots])
 
     def ours(number: int) -> float:
         items = items_of(bound, records)
@@ -266,15 +265,15 @@ def writing(backbone: Backbone, settings: Settings) -> Found:
     end_ids, backbone.tokenizer.end_ids = backbone.tokenizer.end_ids, frozenset()
     bounds = {"deep prompt": bind(backbone, f"[D*16] {FACTS}"), "no prompt": bind(backbone, FACTS)}
     prompt = Prompt.from_token_ids(f"[D*16] {FACTS}", range(9, 25), backbone)
-    learned = {"deep prompt": prompt.learned(backbone), "no prompt": Learned.none(backbone.width)}
+    learned = {"deep prompt": prompt.learned(backbone), "no prompt": PromptBatch.none(backbone.width)}
 
     @torch.no_grad()
     def write(who: str, _: int) -> float:
         bound = bounds[who]
         bound.multiline = True
-        rows = [OpenRow(bound, record, tokens) for record in records]
+        rows = [GenerationInput(bound, record, tokens) for record in records]
         return seconds_of(
-            lambda: write_answers(
+            lambda: generate_answers(
                 backbone, rows, learned[who], settings=GenerationSettings(), top_k=1, pad_side="right"
             ),
             backbone.device,

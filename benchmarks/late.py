@@ -46,10 +46,10 @@ from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.data.splits import draw_records, split_records
 from ptuning.engine.evaluate import evaluate
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, loss, score_choices
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import ScoringRequest, inputs_of, loss, score_continuations
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.records import Records
 from ptuning.template.labels import LabelWords
 from ptuning.training.trainer import Trainer
@@ -140,7 +140,7 @@ def sentences(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Js
     ]
     scores = {name: sum(score for _, score in values) / len(values) for name, values in found.items()}
     bound = bind(backbone, plain)
-    untrained = evaluate(backbone, items_of(bound, dev, labels=words), Learned.none(backbone.width))
+    untrained = evaluate(backbone, items_of(bound, dev, labels=words), PromptBatch.none(backbone.width))
     scores["manual prompt"] = untrained.score
     note = f"accuracy on {len(dev)} others: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     say(f"  {note}")
@@ -245,13 +245,13 @@ def constant_part(backbone: Backbone, settings: Settings) -> list[dict[str, Json
 
 
 def step_seconds(
-    backbone: Backbone, items: Sequence[Item], cache: PrefixCache | None, vectors: torch.Tensor, _: int
+    backbone: Backbone, items: Sequence[ScoringRequest], cache: PrefixCache | None, vectors: torch.Tensor, _: int
 ) -> float:
     """Return the seconds of one forward and backward pass from the slot vectors."""
     leaf = vectors.clone().requires_grad_(True)
     began = synchronised(backbone.device)
-    logits = target_logits(backbone, inputs_of(items), Learned(leaf), cache=cache)
-    loss(items, score_choices(items, logits))[0].backward()
+    logits = target_logits(backbone, inputs_of(items), PromptBatch(leaf), cache=cache)
+    loss(items, score_continuations(items, logits))[0].backward()
     return synchronised(backbone.device) - began
 
 

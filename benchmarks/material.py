@@ -20,8 +20,8 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
 from ptuning.data.reading import SPLITS, load_records, shipped_facts
 from ptuning.engine.batch import collate
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, question_items, target_items
+from ptuning.engine.objective import ScoringRequest, build_requests, inputs_of, target_requests
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.progress import Progress
 from ptuning.records import Record, Records
 from ptuning.template.encode import TokenizedTemplate
@@ -154,15 +154,17 @@ def bind(backbone: Backbone, template: str) -> TokenizedTemplate:
     return TokenizedTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
 
 
-def items_of(bound: TokenizedTemplate, records: Sequence[Record], *, labels: LabelWords | None = None) -> list[Item]:
+def items_of(
+    bound: TokenizedTemplate, records: Sequence[Record], *, labels: LabelWords | None = None
+) -> list[ScoringRequest]:
     """Return items to train on: targets, or classes where there are label words."""
     rows = Records(records, name="benchmark")
     if labels is None:
-        return target_items(bound, rows, with_stop=True)
-    return question_items(bound, as_questions(rows), AnswerSpace(labels))
+        return target_requests(bound, rows, with_stop=True)
+    return build_requests(bound, as_questions(rows), AnswerSpace(labels))
 
 
-def repeated(items: Sequence[Item], count: int) -> list[Item]:
+def repeated(items: Sequence[ScoringRequest], count: int) -> list[ScoringRequest]:
     """Return ``count`` items, from the beginning again where there are not so many."""
     return list(itertools.islice(itertools.cycle(items), count))
 
@@ -175,7 +177,7 @@ def passes(batch_size: int, tokens: float) -> tuple[int, int]:
     return batch_size // parts, parts
 
 
-def mean_tokens(items: Sequence[Item]) -> float:
+def mean_tokens(items: Sequence[ScoringRequest]) -> float:
     """Return the mean number of tokens and slots of a row."""
     return sum(item.tokens for item in items) / sum(len(item.inputs) for item in items)
 
@@ -207,7 +209,7 @@ class StepClock:
 def train_seconds(
     backbone: Backbone,
     bound: TokenizedTemplate,
-    items: Sequence[Item],
+    items: Sequence[ScoringRequest],
     *,
     batch_size: int,
     parts: int = 1,
@@ -221,7 +223,7 @@ def train_seconds(
 
 
 def bare_seconds(
-    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, backward: bool = True
+    backbone: Backbone, items: Sequence[ScoringRequest], *, batch_size: int, slots: int, backward: bool = True
 ) -> float:
     """Run the bare backbone forward over the same rows, and backward where asked for, and return the seconds.
 
@@ -237,11 +239,11 @@ def bare_seconds(
     return synchronised(backbone.device) - began
 
 
-def bare_logits(backbone: Backbone, items: Sequence[Item], *, slots: int) -> torch.Tensor:
+def bare_logits(backbone: Backbone, items: Sequence[ScoringRequest], *, slots: int) -> torch.Tensor:
     """Run whole rows in one pass and return the logits at their scored positions, (N, V); where gradients are on, they
     end at the embeddings.
     """
-    batch = collate(inputs_of(items), Learned(torch.zeros(slots, backbone.width))).to(backbone.device)
+    batch = collate(inputs_of(items), PromptBatch(torch.zeros(slots, backbone.width))).to(backbone.device)
     embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(torch.is_grad_enabled())  # (B, T, E)
     logits, _ = backbone.run(
         embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols

@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.material import synchronised
 from ptuning.backbone.attention import MARK
 from ptuning.backbone.backbone import Backbone, quiet
-from ptuning.engine.objective import Item
+from ptuning.engine.objective import ScoringRequest
 from ptuning.training.encoders.encoder import MAX_ENCODER_WIDTH
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Row:
         return {"input_ids": list(self.ids), "labels": [IGNORED] * own + list(self.ids[own:])}
 
 
-def rows_of(items: Sequence[Item]) -> list[Row]:
+def rows_of(items: Sequence[ScoringRequest]) -> list[Row]:
     """Return the rows that teach what items teach: their text, then the target or the word of the right class."""
     rows = []
     for item in items:
@@ -78,12 +78,12 @@ def rows_of(items: Sequence[Item]) -> list[Row]:
     return rows
 
 
-def choice_rows(item: Item) -> list[Row]:
+def choice_rows(item: ScoringRequest) -> list[Row]:
     """Return one row for each candidate or label word of an item."""
     return [_row(item, number) for number in range(len(item.choices))]
 
 
-def _row(item: Item, number: int) -> Row:
+def _row(item: ScoringRequest, number: int) -> Row:
     choice = item.choices[number]
     example = item.inputs[choice.input]
     slots = set(example.slot_positions)
@@ -229,7 +229,7 @@ class Peer:
                 start += row.scored
         return totals, hits
 
-    def accuracy(self, items: Sequence[Item]) -> float:
+    def accuracy(self, items: Sequence[ScoringRequest]) -> float:
         """Return the share of label-word items whose right class is the likeliest one."""
         rows = [row for item in items for row in choice_rows(item)]
         totals, _ = self.score(rows)

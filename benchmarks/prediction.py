@@ -27,8 +27,8 @@ from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of
 from benchmarks.peer import Peer, Row, choice_rows, is_installed, rows_of
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.word_lists import targets_of
-from ptuning.engine.objective import candidate_item
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import candidate_request
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
@@ -178,7 +178,7 @@ def candidate_examples(bound: TokenizedTemplate, record: Record, candidates: lis
 
 def candidate_rows(bound: TokenizedTemplate, record: Record, candidates: list[str]) -> list[Row]:
     """Return the peer's row for each candidate."""
-    return choice_rows(candidate_item(candidate_examples(bound, record, candidates)))
+    return choice_rows(candidate_request(candidate_examples(bound, record, candidates)))
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from benchmarks.common import Settings, answer, interleave, no_answer, parser, ratios, settings_of, spread, write_result
 from benchmarks.material import backbone_of, bind, every, fact_sentences, items_of, mean_tokens, synchronised
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine import passes
+from ptuning.engine import forward as forward_module
 from ptuning.engine.batch import shared_tokens
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, loss, score_choices
+from ptuning.engine.objective import ScoringRequest, inputs_of, loss, score_continuations
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import TokenizedTemplate
 
 ROWS = 16
@@ -21,7 +21,7 @@ ROWS = 16
 MOST_GAP = 1e-3
 METHOD = (
     "Forward and backward of one training batch from the slot vectors, whose slots stand at the very front, so that "
-    "gradients flow through the whole prefix; the plain path is the same code with passes.MIN_SAVED_TOKENS out of "
+    "gradients flow through the whole prefix; the plain path is the same code with forward.MIN_SAVED_TOKENS out of "
     "reach. The gap is the largest difference between the two gradients, over the largest entry."
 )
 
@@ -38,10 +38,10 @@ def main(settings: Settings) -> None:
 
     def step(least_saved: int) -> tuple[float, torch.Tensor]:
         leaf = vectors.clone().requires_grad_(True)
-        with patch.object(passes, "MIN_SAVED_TOKENS", least_saved):
+        with patch.object(forward_module, "MIN_SAVED_TOKENS", least_saved):
             start = synchronised(backbone.device)
-            logits = passes.target_logits(backbone, rows, Learned(leaf))
-            loss(items, score_choices(items, logits))[0].backward()
+            logits = forward_module.target_logits(backbone, rows, PromptBatch(leaf))
+            loss(items, score_continuations(items, logits))[0].backward()
             seconds = synchronised(backbone.device) - start
         assert leaf.grad is not None
         return seconds, leaf.grad
@@ -84,7 +84,7 @@ def main(settings: Settings) -> None:
     )
 
 
-def instructed(backbone: Backbone, settings: Settings) -> tuple[TokenizedTemplate, list[Item]]:
+def instructed(backbone: Backbone, settings: Settings) -> tuple[TokenizedTemplate, list[ScoringRequest]]:
     """Return a template with a long instruction in front, and the items of one batch."""
     wanted = settings.pick(196, 40)
     ids = backbone.tokenizer.encode([" ".join(fact_sentences()[:200])])[0]

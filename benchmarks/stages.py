@@ -29,7 +29,7 @@ from benchmarks.material import (
 )
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.engine import passes
+from ptuning.engine import forward as forward_module
 from ptuning.training import step as steps
 from ptuning.training.encoders import encoder
 from ptuning.training.trainer import Trainer
@@ -135,13 +135,13 @@ def marked(backbone: Backbone) -> Iterator[None]:
     body = backbone.model.base_model
     with ExitStack() as stack:
         for owner, attribute, name in (
-            (passes, "collate", COLLATE),
-            (passes, "inject", EMBED),
+            (forward_module, "collate", COLLATE),
+            (forward_module, "embed_inputs", EMBED),
             (backbone, "embed", EMBED),
             (encoder.PromptEncoder, "forward", ENCODER),
             (backbone, "run", RUN),
             (body, "forward", BODY),
-            (steps, "score_choices", LOSS),
+            (steps, "score_continuations", LOSS),
             (steps, "loss", LOSS),
             (torch.Tensor, "backward", BACKWARD),
             (torch.optim.AdamW, "step", OPTIMIZER),

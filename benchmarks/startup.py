@@ -26,7 +26,7 @@ from benchmarks.common import (
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
-    from ptuning.engine.objective import Item
+    from ptuning.engine.objective import ScoringRequest
     from ptuning.template.encode import TokenizedTemplate
 
 IMPORT = "import time; start = time.perf_counter(); import ptuning; print(time.perf_counter() - start)"
@@ -153,7 +153,7 @@ def first_step_of_peer(settings: Settings) -> None:
         peer.train(rows_of(items), epochs=1, batch_size=16)
 
 
-def _first_items(settings: Settings) -> tuple[Backbone, TokenizedTemplate, list[Item]]:
+def _first_items(settings: Settings) -> tuple[Backbone, TokenizedTemplate, list[ScoringRequest]]:
     from benchmarks import material
 
     backbone = material.backbone_of(settings)

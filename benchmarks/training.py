@@ -47,7 +47,7 @@ from benchmarks.peer import MISSING, Peer, is_installed, rows_of, with_own_atten
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import has_units, short_name
-from ptuning.engine.objective import Item
+from ptuning.engine.objective import ScoringRequest
 from ptuning.records import Record
 
 METHOD = (
@@ -216,7 +216,7 @@ def measure(
     }
 
 
-def records_of(cell: Cell, backbone: Backbone, settings: Settings) -> tuple[list[Item], str]:
+def records_of(cell: Cell, backbone: Backbone, settings: Settings) -> tuple[list[ScoringRequest], str]:
     """Return the items of a cell's steps, and the template they fill."""
     count = cell.batch_size * cell.steps
     template = FACTS_TEMPLATE if not cell.high else TEXT_TEMPLATE

@@ -11,9 +11,9 @@ from benchmarks.material import backbone_of, bind, every, seconds_of
 from ptuning.backbone.backbone import quiet
 from ptuning.config import GenerationSettings
 from ptuning.engine.batch import collate
-from ptuning.engine.passes import inject
-from ptuning.engine.writing.ending import OpenRow
-from ptuning.engine.writing.generate import write_answers
+from ptuning.engine.decoding.decoder import GenerationInput
+from ptuning.engine.decoding.generate import generate_answers
+from ptuning.engine.forward import embed_inputs
 from ptuning.prompt.prompt import Prompt
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
@@ -38,15 +38,15 @@ def main(settings: Settings) -> None:
     texts: dict[str, list[str]] = {}
 
     def ours() -> None:
-        rows = [OpenRow(bound, record, tokens) for record in records]
-        found = write_answers(backbone, rows, learned, settings=how, top_k=1, pad_side="right")
+        rows = [GenerationInput(bound, record, tokens) for record in records]
+        found = generate_answers(backbone, rows, learned, settings=how, top_k=1, pad_side="right")
         texts["ptuning"] = [row[0].text for row in found]
 
     def generate() -> None:
         batch = collate(bound.contexts(records, target_tokens=tokens), learned, pad_side="left").to(backbone.device)
         with quiet():
             rows = backbone.model.generate(  # type: ignore[operator]
-                inputs_embeds=inject(backbone.embed(batch.token_ids), learned.vectors, batch),
+                inputs_embeds=embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch),
                 attention_mask=batch.mask,
                 max_new_tokens=tokens,
                 do_sample=False,

@@ -33,7 +33,7 @@ from ptuning.data.reading import SPLITS
 from ptuning.data.splits import split_records
 from ptuning.files import Json, make_folder, write_json, write_json_lines, write_text
 from ptuning.names import check_free
-from ptuning.prompt.answer import answer_records
+from ptuning.prompt.score import answer_records
 from ptuning.provenance import versions
 from ptuning.records import TARGET_FIELD, Records
 from ptuning.statistics import Score, majority, mean_difference, score

@@ -20,8 +20,8 @@ import torch
 import ptuning
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import batches
-from ptuning.engine.objective import inputs_of, score_choices, target_items
-from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.forward import shared_prefix_tokens, target_logits
+from ptuning.engine.objective import inputs_of, score_continuations, target_requests
 from ptuning.errors import PromptError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -79,12 +79,14 @@ def _nats(backbone: Backbone, prompt: Prompt, records: Records) -> tuple[np.ndar
     """Return the negative log-likelihood of each sentence, and its number of tokens."""
     block = prompt.deep is not None and prompt.deep.block is not None
     bound = TokenizedTemplate(prompt.template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
-    items = target_items(bound, records, with_stop=False)
+    items = target_requests(bound, records, with_stop=False)
     learned = prompt.learned(backbone)
     nats = np.zeros(len(items))
-    for chosen in batches([item.inputs for item in items], prefix=prefix_tokens(backbone, inputs_of(items), learned)):
+    for chosen in batches(
+        [item.inputs for item in items], prefix=shared_prefix_tokens(backbone, inputs_of(items), learned)
+    ):
         group = [items[index] for index in chosen]
-        log_probs = score_choices(group, target_logits(backbone, inputs_of(group), learned)).log_probs.tolist()
+        log_probs = score_continuations(group, target_logits(backbone, inputs_of(group), learned)).log_probs.tolist()
         nats[list(chosen)] = [-value for value in log_probs]
     return nats, np.array([item.choices[0].own_tokens for item in items], dtype=np.float64)
 

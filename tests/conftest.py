@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ptuning.backbone.backbone import Backbone
-    from ptuning.engine.objective import Item
+    from ptuning.engine.objective import ScoringRequest
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
     from ptuning.template.encode import Example, TokenizedTemplate
@@ -364,12 +364,14 @@ def learned(backbone: Backbone, template: str, *, seed: int = 0) -> Prompt:
     return Prompt(base.template, noise * float(backbone.table().std()), base.backbone, method="test")
 
 
-def items_of(backbone: Backbone, template: str, records: list[Record], *, with_stop: bool = True) -> list[Item]:
+def items_of(
+    backbone: Backbone, template: str, records: list[Record], *, with_stop: bool = True
+) -> list[ScoringRequest]:
     """Return target items of records, as training makes them."""
-    from ptuning.engine.objective import target_items
+    from ptuning.engine.objective import target_requests
     from ptuning.records import as_records
 
-    return target_items(bound(backbone, template), as_records(records), with_stop=with_stop)
+    return target_requests(bound(backbone, template), as_records(records), with_stop=with_stop)
 
 
 def spoken(example: Example, slot_ids: list[int]) -> list[int]:

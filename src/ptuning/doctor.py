@@ -37,7 +37,7 @@ from ptuning.errors import ConfigError, PTuningError, cut
 from ptuning.exchange.rows import made_record
 from ptuning.files import Json, parse_json
 from ptuning.names import MANIFEST_FILE, PROMPT_FOLDER
-from ptuning.prompt.asked import ToAnswer, typed_fields
+from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.sharing import find_prompt
@@ -598,7 +598,7 @@ def _compare(
     # A text fills the one field of a task, whatever the column of its files is called.
     record: Json = texts if prompt.task is None else fields[0]
     request: dict[str, Json] = {"model": read.name, "records": [record], "top_k": top_k}
-    questions = ToAnswer.typed(prompt, {field: field for field in fields}, where="the template").questions
+    questions = InferenceInputs.typed(prompt, {field: field for field in fields}, where="the template").questions
     try:
         expected = PromptModel(backbone).predict(questions, prompt, top_k=top_k)[0]
     except PTuningError as error:

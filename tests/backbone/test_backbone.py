@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import ptuning.backbone.backbone
-import ptuning.engine.passes
+import ptuning.engine.forward
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.config import TrainConfig

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 import ptuning
-import ptuning.engine.passes
+import ptuning.engine.forward
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.families import COLUMNS, TESTED
 from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
 from ptuning.config import GenerationSettings, TrainConfig
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import prefix_tokens, target_logits
-from ptuning.engine.writing.ending import OpenRow, Written
-from ptuning.engine.writing.generate import write_answers
+from ptuning.engine.decoding.decoder import GeneratedText, GenerationInput
+from ptuning.engine.decoding.generate import generate_answers
+from ptuning.engine.forward import shared_prefix_tokens, target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
 from ptuning.prompt.backbone_id import BackboneId
@@ -228,9 +228,9 @@ def test_written_answers(name: str) -> None:
             continue
         filled = bound(backbone, template)
         assert prompt.slot_vectors is not None
-        found = write_answers(
+        found = generate_answers(
             backbone,
-            [OpenRow(filled, row, 5) for row in RECORDS],
+            [GenerationInput(filled, row, 5) for row in RECORDS],
             prompt.learned(backbone),
             settings=GenerationSettings(),
             top_k=1,
@@ -240,18 +240,18 @@ def test_written_answers(name: str) -> None:
             ids = slow_answer(backbone, prompt, dict(record), tokens=5)
             assert answers[0].text == backbone.tokenizer.decode(ids).split("\n")[0].strip()
         # Beams are those of each record alone.
-        beams = write_answers(
+        beams = generate_answers(
             backbone,
-            [OpenRow(filled, row, 4) for row in RECORDS],
+            [GenerationInput(filled, row, 4) for row in RECORDS],
             prompt.learned(backbone),
             settings=GenerationSettings(num_beams=3),
             top_k=3,
             pad_side="right",
         )
         for record, answers in list(zip(RECORDS, beams, strict=True))[:3]:
-            alone = write_answers(
+            alone = generate_answers(
                 backbone,
-                [OpenRow(filled, record, 4)],
+                [GenerationInput(filled, record, 4)],
                 prompt.learned(backbone),
                 settings=GenerationSettings(num_beams=3),
                 top_k=3,
@@ -304,16 +304,16 @@ def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backbone.shares_prefix == (name in PREFIX)
     template = "The capital of [P*3] [X] is [Y]"
     examples = bound(backbone, template).examples(RECORDS[:4])
-    assert (prefix_tokens(backbone, examples) > 5) == backbone.shares_prefix  # longer than the windows of 4
+    assert (shared_prefix_tokens(backbone, examples) > 5) == backbone.shares_prefix  # longer than the windows of 4
     vectors = learned(backbone, template).slot_vectors
     assert vectors is not None
     found = []
     run_prefix = Mock(side_effect=backbone.run_prefix)
     monkeypatch.setattr(backbone, "run_prefix", run_prefix)
     for least in (1, 10**9):
-        monkeypatch.setattr(ptuning.engine.passes, "MIN_SAVED_TOKENS", least)
+        monkeypatch.setattr(ptuning.engine.forward, "MIN_SAVED_TOKENS", least)
         leaf = vectors.clone().requires_grad_(True)
-        logits = target_logits(backbone, examples, Learned(leaf))
+        logits = target_logits(backbone, examples, PromptBatch(leaf))
         torch.log_softmax(logits, dim=-1)[:, 7].sum().backward()
         assert leaf.grad is not None
         found.append((logits.detach(), leaf.grad))
@@ -409,12 +409,12 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatc
     backbone = built("llama")
     prompt = learned(backbone, TEMPLATE)
 
-    def beams() -> list[list[Written]]:
+    def beams() -> list[list[GeneratedText]]:
         assert prompt.slot_vectors is not None
         filled = bound(backbone, TEMPLATE)
-        return write_answers(
+        return generate_answers(
             backbone,
-            [OpenRow(filled, row, 6) for row in RECORDS],
+            [GenerationInput(filled, row, 6) for row in RECORDS],
             prompt.learned(backbone),
             settings=GenerationSettings(num_beams=3),
             top_k=3,

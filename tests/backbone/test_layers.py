@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.layers import layers_of, recomputing
 from ptuning.config import TrainConfig
-from ptuning.engine import passes, prefix_cache
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of
-from ptuning.engine.passes import target_logits
+from ptuning.engine import forward as forward_module
+from ptuning.engine import prefix_cache
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import ScoringRequest, inputs_of
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import TrainingError
 from ptuning.progress import Interrupted
 from ptuning.records import Record
@@ -35,14 +36,14 @@ LATE = "{x} and {x} [P:is] [P*2] [Y]"
 
 
 def gradient(
-    backbone: Backbone, items: list[Item], *, slots: int, saves: bool, cache: PrefixCache | None = None
+    backbone: Backbone, items: list[ScoringRequest], *, slots: int, saves: bool, cache: PrefixCache | None = None
 ) -> tuple[Tensor, Tensor, int]:
     """Return the logits, the gradient in the slot vectors, and the bytes held between forward and backward pass."""
     noise = torch.randn(slots, backbone.width, generator=torch.Generator().manual_seed(1))
     vectors = (noise * float(backbone.table().std())).requires_grad_(True)
     how = recomputing(backbone.model, name="tiny") if saves else contextlib.nullcontext()
     with LiveTensors() as live, how:
-        logits = target_logits(backbone, inputs_of(items), Learned(vectors), cache=cache)
+        logits = target_logits(backbone, inputs_of(items), PromptBatch(vectors), cache=cache)
     held = live.now  # what layers were given and will run on again is no tensor that autograd knows of
     (found,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), vectors)
     return logits.detach(), found, held
@@ -71,7 +72,7 @@ def test_a_shared_prefix_runs_again_in_front_of_its_rows(name: str, monkeypatch:
     backbone = backbone_of(name)
     if not backbone.shares_prefix:
         pytest.skip("its cache is more than keys and values")
-    monkeypatch.setattr(passes, "MIN_SAVED_TOKENS", 1)
+    monkeypatch.setattr(forward_module, "MIN_SAVED_TOKENS", 1)
     shared = Mock(side_effect=backbone.run_prefix)
     monkeypatch.setattr(backbone, "run_prefix", shared)
     check_equal(backbone, INSTRUCTION, LONG)

@@ -17,15 +17,15 @@ import torch
 import transformers
 from torch import Tensor
 
-import ptuning.engine.passes
+import ptuning.engine.forward
 from ptuning.backbone import probes
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Forward
 from ptuning.config import TrainConfig
 from ptuning.engine import prefix_cache
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.forward import shared_prefix_tokens, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record, as_records
@@ -95,7 +95,7 @@ def vectors_of(backbone: Backbone, template: str) -> Tensor:
 
 def whole(backbone: Backbone, rows: Sequence[Example], vectors: Tensor) -> Tensor:
     """Run each row alone and whole."""
-    return torch.cat([target_logits(backbone, [row], Learned(vectors)) for row in rows])
+    return torch.cat([target_logits(backbone, [row], PromptBatch(vectors)) for row in rows])
 
 
 def close(one: Tensor, other: Tensor) -> None:
@@ -140,7 +140,7 @@ def test_dynamic_positions_are_read_as_far_as_they_stay() -> None:
     assert (backbone.turn, backbone.tokenizer.max_tokens) == (None, TURN)
     rows, vectors = bound(backbone, EARLY).examples(as_records(RECORDS)), vectors_of(backbone, EARLY)
     assert max(len(row.token_ids) for row in rows) <= TURN
-    close(target_logits(backbone, rows, Learned(vectors)), whole(backbone, rows, vectors))
+    close(target_logits(backbone, rows, PromptBatch(vectors)), whole(backbone, rows, vectors))
     answers = PromptModel(backbone).predict(RECORDS, learned(backbone, EARLY))
     for record, answer in zip(RECORDS, answers, strict=True):
         assert PromptModel(backbone).predict([record], learned(backbone, EARLY))[0].text == answer.text
@@ -165,11 +165,11 @@ def test_rows_alone_equal_those_in_company(head: str, template: str) -> None:
     wanted = whole(backbone, rows, vectors)
     (expected,) = torch.autograd.grad(torch.logsumexp(wanted, dim=-1).sum(), vectors)
     for side in ("left", "right"):
-        found = target_logits(backbone, rows, Learned(vectors), pad_side=side)
+        found = target_logits(backbone, rows, PromptBatch(vectors), pad_side=side)
         close(found, wanted)
         (got,) = torch.autograd.grad(torch.logsumexp(found, dim=-1).sum(), vectors)
         close(got, expected)
-    close(target_logits(backbone, rows[::-1], Learned(vectors)), wanted.flip(0))
+    close(target_logits(backbone, rows[::-1], PromptBatch(vectors)), wanted.flip(0))
 
 
 def test_rows_of_several_prompts() -> None:
@@ -195,12 +195,12 @@ def test_kept_keys_and_values_serve_rows_of_their_own_side(monkeypatch: pytest.M
         across = [row for row in rows if row.slot_positions[0] <= TURN < len(row.token_ids)]
         assert across
         assert not any(map(cache.ids_of, across))
-        close(target_logits(backbone, rows, Learned(vectors), cache=cache), wanted)
+        close(target_logits(backbone, rows, PromptBatch(vectors), cache=cache), wanted)
 
 
 def test_a_shared_prefix_serves_rows_of_its_own_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Fast = slow*: a short prefix of long rows runs with them, whole."""
-    monkeypatch.setattr(ptuning.engine.passes, "MIN_SAVED_TOKENS", 1)
+    monkeypatch.setattr(ptuning.engine.forward, "MIN_SAVED_TOKENS", 1)
     backbone = longrope()
     runs = Mock(side_effect=backbone.run_prefix)
     monkeypatch.setattr(backbone, "run_prefix", runs)
@@ -212,9 +212,9 @@ def test_a_shared_prefix_serves_rows_of_its_own_side(monkeypatch: pytest.MonkeyP
         template = f"The capital of {front} [P*2] [X] is [Y]"
         rows = bound(backbone, template).examples(as_records([{"x": end, "y": "yes"} for end in ends]))
         vectors = vectors_of(backbone, template)
-        assert (prefix_tokens(backbone, rows) > 0) == called
+        assert (shared_prefix_tokens(backbone, rows) > 0) == called
         runs.reset_mock()
-        found = target_logits(backbone, rows, Learned(vectors))
+        found = target_logits(backbone, rows, PromptBatch(vectors))
         assert bool(runs.call_count) == called
         close(found, whole(backbone, rows, vectors))
 

@@ -13,8 +13,8 @@ from ptuning.cli import inputs
 from ptuning.cli.options import AskedBackbone
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
-from ptuning.prompt.asked import ToAnswer
 from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.inputs import InferenceInputs
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.language import Template
 
@@ -54,7 +54,7 @@ def given(
     *,
     text: str | None = None,
     data: str | None = None,
-) -> ToAnswer:
+) -> InferenceInputs:
     """Read what to answer from the standard input, which ``text`` or ``data`` names."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
     return inputs.data_to_answer(prompt, text, data, field)

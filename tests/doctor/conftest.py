@@ -19,8 +19,8 @@ from ptuning.data.questions import Questions
 from ptuning.doctor import Check
 from ptuning.files import sha256
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
-from ptuning.prompt.asked import ToAnswer, typed_fields
 from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import LabelWords
@@ -107,7 +107,7 @@ def serves(one: StandIn, backbone: Backbone, prompts: Mapping[str, Prompt], **ch
     def predict(asked: Any) -> Page:
         prompt = prompts[asked["model"]]
         rows = [one if isinstance(one, dict) else {typed_fields(prompt)[0]: one} for one in asked["records"]]
-        questions = [ToAnswer.typed(prompt, row, where="here").questions[0] for row in rows]
+        questions = [InferenceInputs.typed(prompt, row, where="here").questions[0] for row in rows]
         found = model.predict(Questions(questions), prompt, top_k=asked["top_k"])
         shown = [one.to_json() for one in found]
         return 200, {"predictions": [{**shown[0], **changed}, *shown[1:]]}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.engine.batch import Side, collate, cut_by_length, shared_tokens
-from ptuning.engine.learned import Learned
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError
 from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Template
@@ -23,9 +23,9 @@ def example(ids: list[int], *, slots: tuple[int, ...] = (), logits: tuple[int, .
     return Example(tuple(ids), slots, logits, tuple(range(len(logits))), len(logits))
 
 
-def each(*slots: int) -> Learned:
+def each(*slots: int) -> PromptBatch:
     """Return what rows bring that each have a prompt of their own, of so many slots."""
-    return Learned(torch.zeros(sum(slots), 1), slots, tuple(range(len(slots))))
+    return PromptBatch(torch.zeros(sum(slots), 1), slots, tuple(range(len(slots))))
 
 
 SHORT = example([5, 0, 7], slots=(1,), logits=(2,))
@@ -66,11 +66,11 @@ def test_a_batch_padded_on_either_side(
 def test_rows_of_several_prompts_take_their_own_part_of_the_table() -> None:
     """Each row names its prompt: one batch may mix prompts of different lengths, and rows with none."""
     bare = example([3, 4])
-    prompts = Learned(torch.zeros(7, 1), slots=(1, 3, 3, 0), rows=(1, 3, 0, 2))
+    prompts = PromptBatch(torch.zeros(7, 1), slots=(1, 3, 3, 0), rows=(1, 3, 0, 2))
     batch = collate([LONG, bare, SHORT, LONG], prompts)
     assert batch.slot_rows.tolist() == [0, 0, 0, 2, 3, 3, 3]
     assert batch.slot_index.tolist() == [1, 2, 3, 0, 4, 5, 6]
-    empty = collate([bare], Learned.none(1))
+    empty = collate([bare], PromptBatch.none(1))
     assert empty.slot_rows.tolist() == empty.slot_index.tolist() == []
 
 
@@ -170,14 +170,16 @@ def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
     The same tokens and slots, before the first scored position of every row.
     """
     for rows in ([QUESTION, other], [other, QUESTION], [QUESTION, other, QUESTION]):
-        one_or_none = Learned(torch.zeros(2, 1), slots=(2, 0), rows=tuple(int(not row.slot_positions) for row in rows))
+        one_or_none = PromptBatch(
+            torch.zeros(2, 1), slots=(2, 0), rows=tuple(int(not row.slot_positions) for row in rows)
+        )
         assert shared_tokens(rows) == shared
         assert collate(rows, one_or_none).shared_tokens == shared
 
 
 def test_slots_of_other_prompts_are_not_shared() -> None:
     """Slots of the same place and number hold other vectors if their rows belong to different prompts."""
-    same = Learned(torch.zeros(4, 1), slots=(2, 2), rows=(1, 1))
+    same = PromptBatch(torch.zeros(4, 1), slots=(2, 2), rows=(1, 1))
     assert collate([QUESTION] * 2, same).shared_tokens == 4
     assert collate([QUESTION] * 2, each(2, 2)).shared_tokens == 1
     moved = example([1, 0, 9, 0, 6], slots=(1, 3), logits=(4,))
@@ -188,7 +190,7 @@ def test_slots_of_other_prompts_are_not_shared() -> None:
 
 def test_rows_behind_pads_share_nothing() -> None:
     """Columns of pads are no prefix; without a pad in front, the side makes no difference."""
-    longer, one = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,)), Learned(torch.zeros(2, 1))
+    longer, one = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,)), PromptBatch(torch.zeros(2, 1))
     assert collate([QUESTION, longer], one, pad_side="left").shared_tokens == 0
     assert collate([QUESTION, QUESTION], one, pad_side="left").shared_tokens == 4
     assert collate([QUESTION], one).shared_tokens == 4
@@ -202,7 +204,7 @@ def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example
     wanted = [(len(row.slot_positions), owner) for row, owner in zip(examples, owners, strict=False)]
     prompts = sorted(set(wanted))  # of each number of slots one or two
     counts = tuple(count for count, _ in prompts)
-    batch = collate(examples, Learned(torch.zeros(sum(counts), 1), counts, tuple(map(prompts.index, wanted))))
+    batch = collate(examples, PromptBatch(torch.zeros(sum(counts), 1), counts, tuple(map(prompts.index, wanted))))
     slots = {
         (int(row), int(column)): int(index)
         for row, column, index in zip(batch.slot_rows, batch.slot_cols, batch.slot_index, strict=True)
@@ -220,15 +222,15 @@ def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example
 
 def test_prompts_are_joined_one_below_the_other() -> None:
     """Each row keeps its own prompt's vectors, in any choice of rows; one prompt alone needs no rows."""
-    one, two = Learned(torch.full((2, 4), 1.0)), Learned(torch.full((3, 4), 2.0))
-    both = Learned.join([one, two], rows=[1, 0, 1])
+    one, two = PromptBatch(torch.full((2, 4), 1.0)), PromptBatch(torch.full((3, 4), 2.0))
+    both = PromptBatch.join([one, two], rows=[1, 0, 1])
     assert both.vectors[:, 0].tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
     assert both.layout(3) == ([3, 2, 3], [2, 0, 2])
     assert both.take([1, 1]).layout(2) == ([2, 2], [0, 0])
-    assert Learned.join([two], rows=[0, 0]) is two
+    assert PromptBatch.join([two], rows=[0, 0]) is two
     assert two.take([5]) is two
     assert two.layout(2) == ([3, 3], [0, 0])
-    assert Learned.none(4).layout(1) == ([0], [0])
+    assert PromptBatch.none(4).layout(1) == ([0], [0])
 
 
 def cost(passes: list[list[int]], lengths: list[int], pass_tokens: int) -> int:

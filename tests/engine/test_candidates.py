@@ -11,8 +11,8 @@ import ptuning.engine.batch
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine import candidates as module
 from ptuning.engine.candidates import candidate_log_probs, plain_rows, tree_batch, tree_rows
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
 from tests.conftest import RECORDS, bound, learned
 
@@ -27,7 +27,7 @@ def examples_of(backbone: Backbone, template: str, *, with_stop: bool = False) -
 
 
 @torch.no_grad()
-def one_by_one(backbone: Backbone, examples: Sequence[Sequence[Example]], brought: Learned) -> list[list[float]]:
+def one_by_one(backbone: Backbone, examples: Sequence[Sequence[Example]], brought: PromptBatch) -> list[list[float]]:
     """Return the log-probability of each target from a pass of its own."""
 
     def alone(example: Example) -> float:
@@ -47,7 +47,7 @@ def test_trees_of_candidates_equal_one_pass_each(
 ) -> None:
     """However many passes a record's candidates take, whatever they share, and with records of different length."""
     examples = examples_of(backbone, template, with_stop=with_stop)[:3]
-    brought = learned(backbone, template).learned(backbone) if "[P" in template else Learned.none(backbone.width)
+    brought = learned(backbone, template).learned(backbone) if "[P" in template else PromptBatch.none(backbone.width)
     expected = one_by_one(backbone, examples, brought)
     for positions in (256, 12, 1):
         monkeypatch.setattr(ptuning.engine.batch, "MAX_BATCH_POSITIONS", positions)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
-from ptuning.engine.deep import block_of, deep_start, input_sizes
-from ptuning.engine.learned import Deep, Learned
-from ptuning.engine.passes import run_batch, run_pass, target_logits
+from ptuning.engine.decoding.decoder import DecodingState
+from ptuning.engine.forward import forward, forward_batch, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch, initial_deep_params, layer_input_rms, prefix_of_tokens
 from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Template
 from tests.backbone.test_families import close, every_family, plain
@@ -39,16 +38,16 @@ def bind(backbone: Backbone, template: str, *, block: bool = False) -> Tokenized
     return TokenizedTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
 
 
-def start_of(backbone: Backbone, bound: TokenizedTemplate, *, noise: float = 0.0) -> Learned:
+def start_of(backbone: Backbone, bound: TokenizedTemplate, *, noise: float = 0.0) -> PromptBatch:
     """What a prompt brings before training, or with noise as if it had learned."""
     generator = torch.Generator().manual_seed(1)
     starts = torch.tensor([start or 0 for start in bound.slot_start_ids], dtype=torch.int64)
     vectors = backbone.vectors_of(starts).cpu()
-    found = deep_start(backbone, bound, generator=generator)
+    found = initial_deep_params(backbone, bound, generator=generator)
     deep = found[0] if found is not None else None
     if deep is not None:
         deep = deep.map(lambda one: one + noise * torch.randn(one.shape, generator=generator))
-    return Learned.of(vectors, deep)
+    return PromptBatch.of(vectors, deep)
 
 
 def tokens_of(bound: TokenizedTemplate, example: Example) -> list[int]:
@@ -97,10 +96,10 @@ def test_what_a_deep_slot_learned_reaches_its_own_row_and_from_every_layer(name:
         for layer in range(deep.offsets.shape[1]):
             moved = deep.offsets.clone()
             moved[-1, layer] += 3 * torch.linspace(-1, 1, moved.shape[2])
-            found = target_logits(backbone, examples, Learned.of(start.vectors, replace(deep, offsets=moved)))
+            found = target_logits(backbone, examples, PromptBatch.of(start.vectors, replace(deep, offsets=moved)))
             assert not torch.equal(found, before), layer
     values = deep.offsets.clone().requires_grad_(True)
-    logits = target_logits(backbone, examples, Learned.of(start.vectors, replace(deep, offsets=values)))
+    logits = target_logits(backbone, examples, PromptBatch.of(start.vectors, replace(deep, offsets=values)))
     logits.logsumexp(-1).sum().backward()
     assert values.grad is not None
     assert bool(values.grad.isfinite().all())
@@ -120,7 +119,7 @@ def test_keys_and_values_in_front_are_what_the_same_tokens_are_in_the_row(name: 
     close(one, other)
 
 
-def prompts(backbone: Backbone) -> list[tuple[TokenizedTemplate, Learned]]:
+def prompts(backbone: Backbone) -> list[tuple[TokenizedTemplate, PromptBatch]]:
     """Prompts that have learned: blocks of two lengths, deep slots in the row, both, shallow ones, and none."""
     patterns = ["[D:the capital of] [X] is [Y]", "[D:city] [X] [D:is in] so [Y]", "so [X] [D:is] [Y]"]
     patterns += ["[P*2] [X] is [P] [Y]", "[X] is [Y]"]
@@ -128,7 +127,7 @@ def prompts(backbone: Backbone) -> list[tuple[TokenizedTemplate, Learned]]:
     for pattern in patterns:
         bound = bind(backbone, pattern, block=backbone.reads_blocks)
         own = start_of(backbone, bound, noise=0.2)
-        found.append((bound, own if bound.slots or bound.layout.begun else Learned.none(backbone.width)))
+        found.append((bound, own if bound.slots or bound.layout.begun else PromptBatch.none(backbone.width)))
     return found
 
 
@@ -148,7 +147,7 @@ def test_deep_slots_with_nothing_but_a_space_before_the_target(name: str, patter
 def test_alone_or_in_company_of_other_prompts(name: str) -> None:
     backbone = backbone_of(name)
     made = [(bound.examples([record])[0], own) for record in RECORDS[:2] for bound, own in prompts(backbone)]
-    together = Learned.join([own for _, own in made], rows=range(len(made)))
+    together = PromptBatch.join([own for _, own in made], rows=range(len(made)))
     examples = [example for example, _ in made]
     sides: Sequence[str] = ("right", "left") if backbone.pads_left else ("right",)
     for side in sides:
@@ -163,10 +162,10 @@ def test_alone_or_in_company_of_other_prompts(name: str) -> None:
 def test_written_on_from_the_cache_as_from_whole_rows(name: str) -> None:
     backbone = backbone_of(name)
     made = [(bound.contexts(RECORDS[at : at + 1])[0], own) for at, (bound, own) in enumerate(prompts(backbone)[:3])]
-    together = Learned.join([own for _, own in made], rows=range(len(made)))
+    together = PromptBatch.join([own for _, own in made], rows=range(len(made)))
     if not backbone.pads_left:
         made, together = made[:1], made[0][1]
-    rows = Continuation(backbone, [example for example, _ in made], together)
+    rows = DecodingState(backbone, [example for example, _ in made], together)
     tokens = torch.tensor([7, 8, 9][: len(made)])
     rows.read(tokens)
     for place, ((example, own), token) in enumerate(zip(made, tokens.tolist(), strict=True)):
@@ -185,16 +184,18 @@ def test_gradients_of_a_shared_block_are_those_of_repeated_rows(name: str) -> No
     assert deep is not None
     assert deep.block is not None
 
-    def gradient(learned: Learned, block: Tensor) -> Tensor:
-        run_batch(backbone, collate(examples, learned), learned).logits.logsumexp(-1).sum().backward()
+    def gradient(learned: PromptBatch, block: Tensor) -> Tensor:
+        forward_batch(backbone, collate(examples, learned), learned).logits.logsumexp(-1).sum().backward()
         assert block.grad is not None
         return block.grad
 
     shared = deep.block.clone().requires_grad_(True)
-    one = gradient(Learned.of(start.vectors, replace(deep, block=shared)), shared)
+    one = gradient(PromptBatch.of(start.vectors, replace(deep, block=shared)), shared)
     own = deep.block.clone().requires_grad_(True)
-    copies = [Learned.of(start.vectors, replace(deep, block=own * 1.0)) for _ in examples]
-    torch.testing.assert_close(one, gradient(Learned.join(copies, rows=range(len(copies))), own), atol=1e-5, rtol=1e-4)
+    copies = [PromptBatch.of(start.vectors, replace(deep, block=own * 1.0)) for _ in examples]
+    torch.testing.assert_close(
+        one, gradient(PromptBatch.join(copies, rows=range(len(copies))), own), atol=1e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -214,7 +215,7 @@ def test_a_row_does_not_read_what_is_hidden_from_it() -> None:
         if deep.block is not None:
             moved = deep.block.clone()
             moved[:, :, :, deep.lead + slot] += 5
-            other = Learned.of(own.vectors, replace(deep, block=moved))
+            other = PromptBatch.of(own.vectors, replace(deep, block=moved))
             close(target_logits(backbone, [hidden], other), found[1])
 
 
@@ -226,14 +227,14 @@ def test_text_in_front_of_late_deep_slots_is_read_once() -> None:
     cache = PrefixCache(backbone, memory_share=0.1)
     assert cache.prepare(examples)
     close(
-        run_pass(backbone, examples, own, cache=cache).logits,
-        torch.cat([run_pass(backbone, [one], own).logits for one in examples]),
+        forward(backbone, examples, own, cache=cache).logits,
+        torch.cat([forward(backbone, [one], own).logits for one in examples]),
     )
 
 
 def test_parts_of_what_is_learned_belong_to_their_slots() -> None:
-    deep = Deep(torch.zeros(2, 2, 1, 3, 4), 1, torch.arange(3.0)[:, None, None].expand(3, 1, 2), (0, 2, 3))
-    first, rest = Learned.of(torch.arange(4.0)[:, None], deep).parts(2)
+    deep = DeepParams(torch.zeros(2, 2, 1, 3, 4), 1, torch.arange(3.0)[:, None, None].expand(3, 1, 2), (0, 2, 3))
+    first, rest = PromptBatch.of(torch.arange(4.0)[:, None], deep).parts(2)
     (one, other) = (part.deep[0] for part in (first, rest))
     assert one is not None
     assert other is not None
@@ -245,7 +246,7 @@ def test_parts_of_what_is_learned_belong_to_their_slots() -> None:
 
 def test_sizes_and_blocks_have_the_shape_of_the_backbone() -> None:
     backbone = backbone_of("llama")
-    assert block_of(backbone, [3, 4, 5]).shape == (2, 2, 2, 3, 8)
-    sizes = input_sizes(backbone, torch.Generator().manual_seed(0))
+    assert prefix_of_tokens(backbone, [3, 4, 5]).shape == (2, 2, 2, 3, 8)
+    sizes = layer_input_rms(backbone, torch.Generator().manual_seed(0))
     assert sizes.shape == (1,)
     assert float(sizes) > 0

@@ -13,27 +13,27 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions, as_questions
-from ptuning.engine.learned import Learned
+from ptuning.engine.forward import target_logits
 from ptuning.engine.objective import (
     NAME_TOKENS,
     STOP_WEIGHT,
-    Choice,
-    Item,
-    Scored,
-    candidate_item,
+    Continuation,
+    ContinuationScores,
+    ScoringRequest,
+    build_requests,
+    candidate_request,
     class_scores,
-    cut_target,
     hits,
     inputs_of,
     loss,
     loss_count,
-    question_items,
-    score_choices,
+    score_continuations,
     score_parts,
     share_inputs,
-    target_items,
+    target_requests,
+    truncate_target,
 )
-from ptuning.engine.passes import target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import LabelWordError, RecordError, TemplateError
 from ptuning.records import Record, Records, as_records
 from ptuning.template.encode import Example, TooLongError
@@ -53,19 +53,19 @@ def vectors_of(backbone: Backbone) -> Tensor:
 
 
 @torch.no_grad()
-def scored_by(backbone: Backbone, items: list[Item]) -> Scored:
+def scored_by(backbone: Backbone, items: list[ScoringRequest]) -> ContinuationScores:
     """Score items in one batch."""
-    return score_choices(items, target_logits(backbone, inputs_of(items), Learned(vectors_of(backbone))))
+    return score_continuations(items, target_logits(backbone, inputs_of(items), PromptBatch(vectors_of(backbone))))
 
 
 @torch.no_grad()
 def by_hand(backbone: Backbone, example: Example) -> list[float]:
     """Return the log-probability of each own token of one example, run alone."""
-    log_probs = target_logits(backbone, [example], Learned(vectors_of(backbone))).log_softmax(-1)
+    log_probs = target_logits(backbone, [example], PromptBatch(vectors_of(backbone))).log_softmax(-1)
     return [float(log_probs[at, token]) for at, token in enumerate(example.target_ids)]
 
 
-def weights(item: Item) -> list[float]:
+def weights(item: ScoringRequest) -> list[float]:
     """Return what each scored token of a target counts: the stop token a fifth."""
     choice = item.choices[0]
     return [1.0 if at < choice.own_tokens else 0.2 for at in range(len(choice.target_ids))]
@@ -98,19 +98,19 @@ def test_a_cut_target_is_the_beginning_of_the_whole_one(causal: Backbone) -> Non
     for item in items:
         own = item.choices[0].own_tokens
         for most in range(1, own):
-            cut = cut_target(item, most)
+            cut = truncate_target(item, most)
             assert cut.choices[0].target_ids == item.choices[0].target_ids[:most]
             assert cut.choices[0].own_tokens == most
             assert by_hand(causal, cut.inputs[0]) == pytest.approx(by_hand(causal, item.inputs[0])[:most], abs=1e-5)
-        assert cut_target(item, own) is item
+        assert truncate_target(item, own) is item
 
 
 def test_the_beginning_of_a_target_that_does_not_fit(backbone: Backbone) -> None:
     """Only of it, as much as half of what the model reads, and without an end; any other one is as it was."""
     own, long = bound(backbone, TEMPLATE), "the capital of Peru is Lima and " * 12
     records = Records([*RECORDS, {**RECORDS[0], "y": long}])
-    *others, cut = target_items(own, records, with_stop=True, cut=True)
-    assert others == target_items(own, Records(RECORDS), with_stop=True)
+    *others, cut = target_requests(own, records, with_stop=True, cut=True)
+    assert others == target_requests(own, Records(RECORDS), with_stop=True)
     most, (example,) = own.max_length // 2, cut.inputs
     assert most - 3 <= cut.choices[0].own_tokens <= most
     if backbone.kind == "causal":  # a masked one may read another word at the end
@@ -118,15 +118,15 @@ def test_the_beginning_of_a_target_that_does_not_fit(backbone: Backbone) -> None
         assert example.target_ids == tuple(whole[: len(example.target_ids)])
     assert len(example.target_ids) == cut.choices[0].own_tokens
     with pytest.raises(TooLongError, match="record 6 does not fit"):
-        target_items(own, records, with_stop=True)
+        target_requests(own, records, with_stop=True)
     with pytest.raises(TemplateError, match="no field 'x' in record 2"):
-        target_items(own, Records([RECORDS[0], {"y": long}]), with_stop=True, cut=True)
+        target_requests(own, Records([RECORDS[0], {"y": long}]), with_stop=True, cut=True)
 
 
 def test_a_target_that_fits_without_its_end_alone(causal: Backbone) -> None:
     own, word = bound(causal, TEMPLATE), "yes "
     for count in range(40, 70):  # one of these leaves no room for the end
-        (item,) = target_items(own, Records([{"x": "a", "y": (word * count).strip()}]), with_stop=True, cut=True)
+        (item,) = target_requests(own, Records([{"x": "a", "y": (word * count).strip()}]), with_stop=True, cut=True)
         assert item.inputs[0].length <= own.max_length
 
 
@@ -168,11 +168,11 @@ def test_parts_that_are_scored_at_once_have_the_scores_of_each(causal: Backbone)
     plain = items_of(causal, TEMPLATE, RECORDS)
     scoring = Scoring(calibrate=True)
     rows = as_questions([{"x": "Kenya", "y": "good"}, {"x": "Mali", "y": "none"}])
-    labelled = question_items(bound(causal, TEMPLATE), rows, AnswerSpace(WORDS, scoring=scoring))
+    labelled = build_requests(bound(causal, TEMPLATE), rows, AnswerSpace(WORDS, scoring=scoring))
     parts = [plain[:1], labelled, named, plain[1:]]
     sizes = [sum(len(example.logit_positions) for example in inputs_of(part)) for part in parts]
     logits = torch.randn(sum(sizes), causal.vocabulary)
-    alone = [score_choices(part, own) for part, own in zip(parts, logits.split(sizes), strict=True)]
+    alone = [score_continuations(part, own) for part, own in zip(parts, logits.split(sizes), strict=True)]
     found = score_parts(parts, logits)
     for part, one, other in zip(parts, alone, found, strict=True):
         torch.testing.assert_close(vars(other), vars(one), rtol=0, atol=1e-6)
@@ -192,9 +192,9 @@ def test_hits_are_exact_matches_of_the_own_tokens(backbone: Backbone) -> None:
             logits[start + at, token] = 9.0
         logits[start + own : start + size, 3] = 9.0  # anything but the stop token
         start += size
-    assert hits(items, score_choices(items, logits)) == [1.0] * len(items)
+    assert hits(items, score_continuations(items, logits)) == [1.0] * len(items)
     logits[0, 4] = 10.0  # the first record's first token is now another one
-    assert hits(items, score_choices(items, logits)) == [0.0] + [1.0] * (len(items) - 1)
+    assert hits(items, score_continuations(items, logits)) == [0.0] + [1.0] * (len(items) - 1)
 
 
 def test_candidates_of_one_length_share_their_input(masked: Backbone, causal: Backbone) -> None:
@@ -218,7 +218,7 @@ def test_candidates_that_share_inputs_equal_one_forward_each(backbone: Backbone)
     """
     filled = bound(backbone, TEMPLATE)
     per_record = [filled.examples([record] * len(CANDIDATES), targets=CANDIDATES) for record in RECORDS]
-    items = [candidate_item(examples) for examples in per_record]
+    items = [candidate_request(examples) for examples in per_record]
     assert any(len(item.inputs) > 1 for item in items)
     found = scored_by(backbone, items).log_probs.view(len(RECORDS), -1)
     for row, examples in enumerate(per_record):
@@ -239,7 +239,7 @@ def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
     """Label words: the log of the mean probability of a label's words, several words and tokens each."""
     rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
     scoring = Scoring("mean" if normalise == "mean" else "sum")
-    items = question_items(bound(backbone, TEMPLATE), as_questions(rows), AnswerSpace(WORDS, scoring=scoring))
+    items = build_requests(bound(backbone, TEMPLATE), as_questions(rows), AnswerSpace(WORDS, scoring=scoring))
     assert [item.answers for item in items] == [(1,), (0,), (2,)]
     scored = scored_by(backbone, items)
     found = class_scores(items, scored)
@@ -260,7 +260,7 @@ def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
 def test_label_loss_is_the_cross_entropy_over_classes(backbone: Backbone) -> None:
     """Counted in items; hits follow the likeliest class."""
     rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
-    items = question_items(bound(backbone, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
+    items = build_requests(bound(backbone, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
     scored = scored_by(backbone, items)
     scores = class_scores(items, scored).double()
     expected = sum(float(scores[row].logsumexp(0) - scores[row, gold]) for row, gold in enumerate((1, 0, 2)))
@@ -276,7 +276,7 @@ def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
     with pytest.raises(
         RecordError, match=r"record 1: 'goood' is not one of the labels good, bad, none. Did you mean 'good'"
     ):
-        question_items(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
+        build_requests(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
 
 
 CHOICES = AnswerSpace(own_choices=True)
@@ -308,7 +308,7 @@ def test_choices_of_rows_equal_a_loop(backbone: Backbone, mean: bool, calibrate:
     """Rows with different numbers of choices, of one and of several tokens, some with several right ones; calibrated by
     a record without content."""
     scoring = Scoring("mean" if mean else "sum", calibrate)
-    items = question_items(bound(backbone, TEMPLATE), QUESTIONS, replace(CHOICES, scoring=scoring))
+    items = build_requests(bound(backbone, TEMPLATE), QUESTIONS, replace(CHOICES, scoring=scoring))
     scored = scored_by(backbone, items)
     found = class_scores(items, scored)
     assert found.shape == (3, 4)
@@ -328,9 +328,9 @@ def test_choices_of_rows_equal_a_loop(backbone: Backbone, mean: bool, calibrate:
 
 def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> None:
     """Classes that an item does not have are minus infinity, and no gradient may become a NaN from them."""
-    items = question_items(bound(causal, TEMPLATE), QUESTIONS, replace(CHOICES, scoring=Scoring(calibrate=True)))
+    items = build_requests(bound(causal, TEMPLATE), QUESTIONS, replace(CHOICES, scoring=Scoring(calibrate=True)))
     vectors = vectors_of(causal).requires_grad_(True)
-    value, _ = loss(items, score_choices(items, target_logits(causal, inputs_of(items), Learned(vectors))))
+    value, _ = loss(items, score_continuations(items, target_logits(causal, inputs_of(items), PromptBatch(vectors))))
     value.backward()
     assert vectors.grad is not None
     assert vectors.grad.isfinite().all()
@@ -340,7 +340,7 @@ def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> Non
 def test_equal_numbers_of_words_score_as_before_by_the_bit(causal: Backbone) -> None:
     """Label words of every item: the log of the mean over one table, without any padding."""
     rows = as_records([{**record, "y": "bad"} for record in RECORDS])
-    items = question_items(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
+    items = build_requests(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
     scored = scored_by(causal, items)
     classes = torch.tensor(items[0].classes)
     members = torch.arange(3)[:, None] == classes
@@ -355,7 +355,7 @@ def test_fields_that_hold_no_content_stay_in_an_empty_record() -> None:
 
 def test_an_empty_record_is_filled_once_for_all_rows(causal: Backbone) -> None:
     rows = as_records([{**record, "y": "bad"} for record in RECORDS])
-    items = question_items(
+    items = build_requests(
         bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS, scoring=Scoring(calibrate=True))
     )
     last = [item.inputs[item.empty[0].input] for item in items]
@@ -368,7 +368,7 @@ def test_the_words_of_a_long_record_are_scored_behind_one_context(causal: Backbo
     """Cut for the longest word: otherwise a label would win because its words leave more of the record."""
     rows = as_questions([{"x": "a film " * 60, "y": "bad"}])
     words = LabelWords({"good": ("great", "a good film and not a bad one"), "bad": ("terrible",)})
-    item = question_items(bound(causal, TEMPLATE), rows, AnswerSpace(words, scoring=Scoring(calibrate=calibrate)))[0]
+    item = build_requests(bound(causal, TEMPLATE), rows, AnswerSpace(words, scoring=Scoring(calibrate=calibrate)))[0]
     inputs = [item.inputs[choice.input] for choice in item.choices]
     assert all(one.shortened for one in inputs)
     assert len({one.token_ids[: one.logit_positions[0] + 1] for one in inputs}) == 1
@@ -377,17 +377,17 @@ def test_the_words_of_a_long_record_are_scored_behind_one_context(causal: Backbo
 def test_errors_name_the_row_and_not_its_place_among_all_choices(causal: Backbone) -> None:
     asked = Questions([*QUESTIONS, Question({"y": "a"}, ("a", "b"), (0,))], name="f.jsonl")
     with pytest.raises(TemplateError, match=r"no field 'x' in f.jsonl, record 4, answer 1"):
-        question_items(bound(causal, TEMPLATE), asked, CHOICES)
+        build_requests(bound(causal, TEMPLATE), asked, CHOICES)
     with pytest.raises(RecordError, match="in memory, row 2 has no choices"):
-        question_items(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]), CHOICES)
+        build_requests(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]), CHOICES)
 
 
 def test_gradients_reach_the_logits_of_every_scored_token() -> None:
     """The loss of two items of different length is differentiable in exactly their own rows."""
     example = [Example((1, 2, 3)[:n], (), tuple(range(n)), tuple(range(n)), n) for n in (2, 3)]
-    items = [Item((one,), (Choice(0, one.target_ids, one.own_tokens),)) for one in example]
+    items = [ScoringRequest((one,), (Continuation(0, one.target_ids, one.own_tokens),)) for one in example]
     logits = torch.randn(5, 7, requires_grad=True)
-    value, count = loss(items, score_choices(items, logits))
+    value, count = loss(items, score_continuations(items, logits))
     (value / count).backward()
     assert logits.grad is not None
     expected = (logits.detach().softmax(-1) - torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 2]), 7)) / 5
@@ -417,7 +417,7 @@ def test_choices_that_the_tokenizer_does_not_tell_apart_are_no_hits(masked: Back
         question("\U0001f642", "yes"),
         question("\U0001f642", "yes", right=1),
     ]
-    items = question_items(bound(masked, TEMPLATE), Questions(asked), AnswerSpace(own_choices=True))
+    items = build_requests(bound(masked, TEMPLATE), Questions(asked), AnswerSpace(own_choices=True))
     assert [sorted(item.distinguishable) for item in items] == [[], [], [0, 1], [2], [], [1]]
     right = [float(place in item.answers) for item in items for place in range(len(item.choices))]
     sure = replace(scored_by(masked, items), log_probs=torch.tensor(right))  # of all right choices
@@ -435,7 +435,7 @@ def test_label_words_that_are_the_same_tokens_are_refused_wherever_they_are_scor
     asked = as_questions([{"x": "Kenya", "y": "a"}])
     for labelled in (True, False):
         with pytest.raises(LabelWordError, match="have the same token ids"):
-            question_items(bound(masked, "[X] is [Y]"), asked, AnswerSpace(words), labelled=labelled)
+            build_requests(bound(masked, "[X] is [Y]"), asked, AnswerSpace(words), labelled=labelled)
 
 
 def test_an_end_that_the_template_names_weighs_as_any_token(causal: Backbone) -> None:
@@ -446,7 +446,7 @@ def test_an_end_that_the_template_names_weighs_as_any_token(causal: Backbone) ->
     own = named.choices[0].own_tokens
     assert (loss_count([plain]), loss_count([named])) == (own + STOP_WEIGHT, own + 1)
     logits = torch.randn(len(named.inputs[0].logit_positions), causal.vocabulary)
-    scored = score_choices([named], logits)
+    scored = score_continuations([named], logits)
     total, count = loss([named], scored)
     torch.testing.assert_close(total, -scored.all_log_probs.sum())
     assert count == own + 1

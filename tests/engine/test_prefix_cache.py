@@ -15,9 +15,9 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine import prefix_cache
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import Past, PrefixCache
+from ptuning.engine.forward import target_logits
+from ptuning.engine.prefix_cache import PastKeyValues, PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.records import Record, as_records
 from ptuning.template.encode import Example
 from tests.conftest import CAUSAL, bound, small_memory
@@ -49,7 +49,7 @@ def vectors_of(backbone: Backbone, template: str) -> torch.Tensor:
 
 def plain(backbone: Backbone, rows: Sequence[Example], vectors: torch.Tensor) -> torch.Tensor:
     """Each row alone, whole."""
-    return torch.cat([target_logits(backbone, [row], Learned(vectors)) for row in rows])
+    return torch.cat([target_logits(backbone, [row], PromptBatch(vectors)) for row in rows])
 
 
 def prepared(
@@ -74,7 +74,7 @@ def test_equals_whole_rows(family: str, template: str, make_backbone: Callable[[
     cache = prepared(backbone, rows)
 
     wanted = plain(backbone, rows, vectors)
-    found = target_logits(backbone, rows, Learned(vectors), cache=cache)
+    found = target_logits(backbone, rows, PromptBatch(vectors), cache=cache)
 
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
     if len(vectors):
@@ -116,7 +116,7 @@ def test_beyond_the_memory_goes_to_the_disk_or_is_computed_anew(
         assert (cache.disk_bytes > 0) == bool(allowed and free)
         cache.prepare(rows)
         for _ in range(2):
-            found = target_logits(causal, rows, Learned(vectors), cache=cache)
+            found = target_logits(causal, rows, PromptBatch(vectors), cache=cache)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
     complete = part == 1.0 and free
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -154,7 +154,7 @@ def test_a_disk_that_takes_no_more_ends_no_training(
     try:
         with prepared(causal, rows, disk_bytes=1 << 40) as cache:
             assert 0 < len(cache._disk) < len(set(map(cache.ids_of, rows)))
-            found = target_logits(causal, rows, Learned(vectors), cache=cache)
+            found = target_logits(causal, rows, PromptBatch(vectors), cache=cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
@@ -168,7 +168,7 @@ def test_no_folder_for_temporary_files(causal: Backbone, monkeypatch: pytest.Mon
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with prepared(causal, rows, disk_bytes=1 << 40) as cache:
         assert not cache.disk_bytes
-        assert target_logits(causal, rows, Learned(vectors), cache=cache).isfinite().all()
+        assert target_logits(causal, rows, PromptBatch(vectors), cache=cache).isfinite().all()
 
 
 def test_what_cannot_be_read_is_computed_anew(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_what_cannot_be_read_is_computed_anew(causal: Backbone, monkeypatch: pyt
     with prepared(causal, rows, disk_bytes=1 << 40) as cache:
         for file in cache._files:
             file.truncate(100)
-        found = target_logits(causal, rows, Learned(vectors), cache=cache)
+        found = target_logits(causal, rows, PromptBatch(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
@@ -200,7 +200,7 @@ def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     cache = prepared(causal, rows[:1])
     wanted = plain(causal, rows, vectors)
-    found = target_logits(causal, rows, Learned(vectors), cache=cache)
+    found = target_logits(causal, rows, PromptBatch(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
@@ -218,7 +218,7 @@ def test_falls_back_where_it_does_not_apply(
     assert not cache.is_used
     assert not cache.tokens
     wanted = plain(backbone, rows, vectors)
-    found = target_logits(backbone, rows, Learned(vectors), cache=cache)
+    found = target_logits(backbone, rows, PromptBatch(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
@@ -226,7 +226,7 @@ def test_no_gradient_reaches_what_is_kept(causal: Backbone) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     cache = prepared(causal, rows)
     kept = [part.clone() for part in cache._memory.values()]
-    target_logits(causal, rows, Learned(vectors), cache=cache).sum().backward()
+    target_logits(causal, rows, PromptBatch(vectors), cache=cache).sum().backward()
     assert all(not part.requires_grad for part in cache._memory.values())
     assert all(torch.equal(one, other) for one, other in zip(kept, cache._memory.values(), strict=True))
 
@@ -255,10 +255,10 @@ def test_texts_that_do_not_fit_into_one_pass_are_kept_in_several(
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     wanted = prepared(causal, rows)
     with torch.no_grad():
-        whole = target_logits(causal, rows, Learned(vectors), cache=wanted)
+        whole = target_logits(causal, rows, PromptBatch(vectors), cache=wanted)
         ran = small_memory(monkeypatch, 40)
         cache = prepared(causal, rows)
-        found = target_logits(causal, rows, Learned(vectors), cache=cache)
+        found = target_logits(causal, rows, PromptBatch(vectors), cache=cache)
     assert max(ran) <= 40
     assert cache.tokens == wanted.tokens
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
@@ -269,9 +269,9 @@ def test_parts_with_gradients_are_put_together_as_constant_ones() -> None:
     drawn = torch.Generator().manual_seed(0)
     parts = {name: torch.randn(2, 2, 3, length, 4, generator=drawn) for name, length in (("a", 5), ("b", 2), ("c", 1))}
     names = ["b", "b", "a", "none", "c", "a"]
-    plain = Past.of(parts, names)
+    plain = PastKeyValues.of(parts, names)
     own = {name: part.clone().requires_grad_() for name, part in parts.items()}
-    found = Past.of(own, names)
+    found = PastKeyValues.of(own, names)
     assert torch.equal(found.mask, plain.mask)
     for ours, theirs in zip(found.layers, plain.layers, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -9,10 +9,9 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import run_batch, target_logits
-from ptuning.engine.prefix_cache import row_behind
-from ptuning.engine.side_by_side import run_side_by_side
+from ptuning.engine.forward import forward_batch, forward_packed, target_logits
+from ptuning.engine.prefix_cache import drop_prefix
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
 from tests.conftest import bound, learned
 
@@ -27,17 +26,17 @@ def test_rows_side_by_side_are_whole_rows(causal: Backbone) -> None:
     examples = [bound(causal, str(prompt.template)).examples([record])[0] for prompt in prompts]
     plain = bound(causal, TEMPLATES[2]).examples([record])[0]
     shared = min(example.slot_positions[0] for example in examples)
-    brought = Learned.join(
-        [*(prompt.learned(causal) for prompt in prompts), Learned.none(causal.width)], rows=[0, 1, 2, 3]
+    brought = PromptBatch.join(
+        [*(prompt.learned(causal) for prompt in prompts), PromptBatch.none(causal.width)], rows=[0, 1, 2, 3]
     )
     rows = [*examples, plain]
     assert len({row.token_ids[:shared] for row in rows}) == 1
     beginning = Example(rows[0].token_ids[:shared], (), (shared - 1,), (), 0)
-    nothing = Learned.none(causal.width)
-    memory = run_batch(causal, collate([beginning], nothing), nothing, keep=True).memory
+    nothing = PromptBatch.none(causal.width)
+    memory = forward_batch(causal, collate([beginning], nothing), nothing, keep=True).memory
     assert memory is not None
-    left = [row_behind(row, shared) for row in rows]
-    found = run_side_by_side(causal, left, brought, memory.layers)
+    left = [drop_prefix(row, shared) for row in rows]
+    found = forward_packed(causal, left, brought, memory.layers)
     expected = torch.cat([target_logits(causal, [row], brought.take([at])) for at, row in enumerate(rows)])
     assert torch.allclose(found, expected, atol=1e-4)
 
@@ -45,12 +44,14 @@ def test_rows_side_by_side_are_whole_rows(causal: Backbone) -> None:
 @torch.no_grad()
 def test_a_row_does_not_read_its_neighbour(causal: Backbone) -> None:
     """Other tokens in one row change nothing in the other."""
-    nothing = Learned.none(causal.width)
-    beginning = run_batch(causal, collate([Example((5, 6, 7), (), (2,), (), 0)], nothing), nothing, keep=True).memory
+    nothing = PromptBatch.none(causal.width)
+    beginning = forward_batch(
+        causal, collate([Example((5, 6, 7), (), (2,), (), 0)], nothing), nothing, keep=True
+    ).memory
     assert beginning is not None
     layers = [(keys.clone(), values.clone()) for keys, values in beginning.layers]
     one, other = Example((8, 9), (), (1,), (), 0), Example((10, 11, 12), (), (2,), (), 0)
-    first = run_side_by_side(causal, [one, other], nothing, layers)
-    second = run_side_by_side(causal, [one, replace(other, token_ids=(13, 14, 12))], nothing, layers)
+    first = forward_packed(causal, [one, other], nothing, layers)
+    second = forward_packed(causal, [one, replace(other, token_ids=(13, 14, 12))], nothing, layers)
     assert torch.allclose(first[0], second[0], atol=1e-5)
     assert first[1].tolist() != pytest.approx(second[1].tolist(), abs=1e-4)

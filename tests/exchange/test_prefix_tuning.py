@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.learned import Deep, Learned
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch
 from ptuning.errors import ExchangeError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.exchange.prefix_tuning import check_prefix
@@ -72,7 +72,9 @@ def test_a_prefix_of_peft_gives_its_logits_on_rows_with_pads(tmp_path: Path) -> 
     bound = prompt.bind(backbone)
     rows = bound.examples(RECORDS[:3])
     found = target_logits(backbone, rows, prompt.learned(backbone))
-    assert not torch.allclose(found, target_logits(backbone, [replace(one, begun=0) for one in rows], Learned.none(32)))
+    assert not torch.allclose(
+        found, target_logits(backbone, [replace(one, begun=0) for one in rows], PromptBatch.none(32))
+    )
     width = max(len(one.token_ids) for one in rows)
     ids = torch.tensor([[*one.token_ids, *[0] * (width - len(one.token_ids))] for one in rows])
     mask = torch.tensor([[1] * len(one.token_ids) + [0] * (width - len(one.token_ids)) for one in rows])
@@ -102,7 +104,7 @@ def test_deep_slots_elsewhere_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExchangeError, match="has other slots as well; train one with"):
         exported(mixed, backbone, tmp_path / "out", "peft")
     front = Prompt.from_token_ids("[D*2] {x} is [Y]", [7, 8], backbone)
-    added = Deep(None, 0, torch.zeros(2, backbone.deep.layers - 1, backbone.width), (0, 1))
+    added = DeepParams(None, 0, torch.zeros(2, backbone.deep.layers - 1, backbone.width), (0, 1))
     in_row = replace(front, deep=added, slot_vectors=torch.zeros(2, backbone.width))
     with pytest.raises(ExchangeError, match="are added to what the layers of its model read"):
         check_prefix(in_row)

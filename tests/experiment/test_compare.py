@@ -22,7 +22,7 @@ from ptuning.experiment.plan import Watch
 from ptuning.experiment.superglue import superglue
 from ptuning.metrics.generation import score_texts
 from ptuning.progress import Interrupted, Progress
-from ptuning.prompt import answer
+from ptuning.prompt import score
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records, references_of
@@ -235,7 +235,7 @@ def test_every_method_writes_with_the_beams_that_are_asked_for(causal: Backbone,
 def test_a_stop_while_texts_are_written_does_not_wait_for_all(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(answer, "WRITTEN_ROWS", 3)
+    monkeypatch.setattr(score, "WRITTEN_ROWS", 3)
     asked = {**WRITTEN, "methods": method}
     whole = run_compare(causal, tmp_path / "whole", **asked)
     told: list[Progress] = []

@@ -13,9 +13,9 @@ from ptuning.backbone.trained_weights import Head, with_head
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import class_scores, inputs_of, score_choices
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import class_scores, inputs_of, score_continuations
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError
 from ptuning.method.base import Setup, Task
 from ptuning.method.classification_head import HeadModel, head_items, head_template
@@ -91,7 +91,7 @@ def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbo
     other = with_head(backbone, 2, seed=0)
     one = task(LABELS)
     items = head_items(bound(other, one), one.train, one.answer_space)
-    found = target_logits(other, inputs_of(items), Learned.none(other.width))  # (N, 2)
+    found = target_logits(other, inputs_of(items), PromptBatch.none(other.width))  # (N, 2)
     assert found.shape == (len(items), 2)
     for row, item in zip(found, items, strict=True):
         (example,) = item.inputs
@@ -115,7 +115,7 @@ def test_choices_are_scored_each_from_its_own_row(causal: Backbone) -> None:
     one = task(CHOICES)
     items = head_items(bound(other, one), one.train, one.answer_space)
     scores = class_scores(
-        items, score_choices(items, target_logits(other, inputs_of(items), Learned.none(other.width)))
+        items, score_continuations(items, target_logits(other, inputs_of(items), PromptBatch.none(other.width)))
     )
     for item, row in zip(items, scores, strict=True):
         own = [float(under_head(other, example)[1]) for example in item.inputs]
@@ -162,7 +162,7 @@ def test_it_reads_where_the_librarys_own_class_does(family: str) -> None:
 
     one = task(LABELS)
     items = head_items(bound(other, one), one.train, one.answer_space)
-    found = target_logits(other, inputs_of(items), Learned.none(other.width))  # (N, 2)
+    found = target_logits(other, inputs_of(items), PromptBatch.none(other.width))  # (N, 2)
 
     tokenizer = tokenizer_of(FAMILIES[family].tokenizer)
     for row, item in zip(found, items, strict=True):

@@ -15,9 +15,9 @@ from ptuning.method import in_context as in_context_module
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.in_context import in_context
 from ptuning.metrics import Answer
-from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import answer_records
 from ptuning.records import Records
 from ptuning.template.examples import filled, with_examples
 from ptuning.template.language import Template

@@ -13,9 +13,9 @@ from ptuning.method import manual as manual_module
 from ptuning.method.base import Setup, Task
 from ptuning.method.manual import is_multiline, manual, manual_restricted, target_tokens
 from ptuning.metrics import Answer
-from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import answer_records
 from ptuning.records import Record, Records
 from ptuning.template.language import Template
 from tests.conftest import WARM, bound

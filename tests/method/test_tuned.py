@@ -14,7 +14,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.engine import evaluate as evaluate_module
-from ptuning.engine import passes, prefix_cache
+from ptuning.engine import forward as forward_module
+from ptuning.engine import prefix_cache
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.method import tuned
@@ -23,9 +24,9 @@ from ptuning.method.registry import METHODS
 from ptuning.method.tuned import TRIED_FACTORS, bare, tried_factors
 from ptuning.metrics import Answer
 from ptuning.progress import Interrupted, Progress
-from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import answer_records
 from ptuning.records import Record, Records
 from ptuning.template.language import Template
 from ptuning.template.segments import Ids
@@ -194,7 +195,7 @@ def test_more_tries_than_there_are_settings(causal: Backbone, tries: int) -> Non
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool, torch.dtype]]]:
     """Per purpose: whether the model was in training mode and took gradients, and of which type it was, at each run."""
     seen: dict[str, list[tuple[bool, bool, torch.dtype]]] = {}
-    real = passes.target_logits
+    real = forward_module.target_logits
 
     def target_logits(backbone: Backbone, *args: Any, **more: Any) -> torch.Tensor:
         takes = all(weight.requires_grad for weight in backbone.model.parameters())

@@ -15,8 +15,8 @@ from benchmarks import common, goals, peer, report, run
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import has_units
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from tests.conftest import RECORDS, items_of, learned
 from tests.processes import forked
 
@@ -248,7 +248,7 @@ def test_the_peer_scores_what_we_score_and_leaves_the_backbone_as_it_was(causal:
     shifted = [reordered(example) for example in examples]
     ours = []
     for example, item in zip(shifted, items, strict=True):
-        logits = target_logits(causal, [example], Learned(prompt.slot_vectors))
+        logits = target_logits(causal, [example], PromptBatch(prompt.slot_vectors))
         ids = torch.tensor(item.choices[0].target_ids)
         ours.append(float(logits.log_softmax(-1).gather(1, ids[:, None]).sum()))
     assert theirs == pytest.approx(ours, abs=1e-3)

@@ -14,8 +14,8 @@ from benchmarks import load, peer, serving
 from benchmarks.load import Load, Material, Run, Sent
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.prompt.prediction import Candidate, Prediction
 from tests.conftest import RECORDS, items_of
 from tests.project.test_benchmarks import needs_peer, reordered
@@ -137,7 +137,7 @@ def test_many_adapters_score_what_their_prompts_score(causal: Backbone) -> None:
     with peer.Peers(causal, vectors) as other:
         theirs = other.score(rows, owners)
     for item, owner, (first, second) in zip(items, owners, theirs, strict=True):
-        (logits,) = [target_logits(causal, [reordered(item.inputs[0])], Learned(vectors[owner]))]
+        (logits,) = [target_logits(causal, [reordered(item.inputs[0])], PromptBatch(vectors[owner]))]
         ids = torch.tensor(item.choices[0].target_ids)
         expected = float(logits.log_softmax(-1).gather(1, ids[:, None]).sum())
         assert (first, second) == pytest.approx((expected, expected), abs=1e-3)

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.learned import Learned
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
 from ptuning.progress import Progress
-from ptuning.prompt import answer as answers
-from ptuning.prompt.answer import answer_records, token_ids_of
+from ptuning.prompt import score as answers
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import answer_records, token_ids_of
 from ptuning.records import Records
 from ptuning.template.encode import Example
 from tests.conftest import bound, learned, plain_logits, spoken
@@ -80,7 +80,7 @@ def test_ranks_among_a_closed_set_of_tokens(backbone: Backbone) -> None:
 def fixed_logits(rows: torch.Tensor) -> object:
     """A stand-in for the model that gives every record the same logits."""
 
-    def target_logits(_: Backbone, examples: list[Example], __: Learned) -> torch.Tensor:
+    def target_logits(_: Backbone, examples: list[Example], __: PromptBatch) -> torch.Tensor:
         return rows.expand(len(examples), -1)
 
     return target_logits

@@ -23,8 +23,8 @@ from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import TrainBackbone
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
-from ptuning.engine.passes import target_logits
-from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.decoding.decoder import DecodingState
+from ptuning.engine.forward import target_logits
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
@@ -492,13 +492,13 @@ def test_prompts_of_one_batch_write_together(
     model = PromptModel(causal)
     alone = [model.predict([row], prompt, generation=settings)[0] for row, prompt in zip(RECORDS, prompts, strict=True)]
     passes = []
-    run = Continuation.__init__
+    run = DecodingState.__init__
 
-    def counted(self: Continuation, backbone: Backbone, examples: Sequence[Example], *args: Any, **named: Any) -> None:
+    def counted(self: DecodingState, backbone: Backbone, examples: Sequence[Example], *args: Any, **named: Any) -> None:
         passes.append(len(examples))
         run(self, backbone, examples, *args, **named)
 
-    monkeypatch.setattr(Continuation, "__init__", counted)
+    monkeypatch.setattr(DecodingState, "__init__", counted)
     together = model.predict(RECORDS, prompts, generation=settings)
     same(together, alone)
     assert passes == [len(RECORDS)]

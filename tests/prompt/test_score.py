@@ -17,16 +17,15 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.engine.evaluate import Evaluation, evaluate
-from ptuning.engine.objective import Item, target_items
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import ScoringRequest, target_requests
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.metrics import Confusion
-from ptuning.prompt import answer as answer_module
-from ptuning.prompt.answer import of_any_reference
+from ptuning.prompt import score as answer_module
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.score import Result, prediction_rows, score_prompt
+from ptuning.prompt.score import Result, of_any_reference, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
 from ptuning.template.encode import Example, TokenizedTemplate
@@ -440,12 +439,12 @@ def test_only_references_like_the_text_that_is_written_are_scored(
     own = [[half or text, f"{text} and more", "Zz", "Nairobi film"] for half, text in zip(halves, texts, strict=True)]
     data = as_records([{**record, "y": ["wrong", *some]} for record, some in zip(RECORDS, own, strict=True)])
     filled, slots = prompt.bind(causal), prompt.learned(causal)
-    found = evaluate(causal, target_items(filled, data, with_stop=False), slots)
+    found = evaluate(causal, target_requests(filled, data, with_stop=False), slots)
     every = of_any_reference(causal, filled, data, slots, found)
     scored: list[int] = []
     whole = evaluate
 
-    def counted(backbone: Backbone, items: Sequence[Item], *rest: Any, **named: Any) -> Evaluation:
+    def counted(backbone: Backbone, items: Sequence[ScoringRequest], *rest: Any, **named: Any) -> Evaluation:
         scored.append(len(items))
         return whole(backbone, items, *rest, **named)
 

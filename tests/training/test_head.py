@@ -13,8 +13,8 @@ from ptuning.backbone.forward import HEAD
 from ptuning.backbone.trained_weights import HEAD_FILE
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
-from ptuning.engine.objective import inputs_of, question_items
-from ptuning.engine.passes import run_pass, target_logits
+from ptuning.engine.forward import forward, target_logits
+from ptuning.engine.objective import build_requests, inputs_of
 from ptuning.errors import ConfigError, PromptError
 from ptuning.experiment.compare import compare
 from ptuning.files import sha256
@@ -74,7 +74,7 @@ def test_logits_are_a_linear_layer_on_the_hidden_state_in_front_of_the_target(ca
     assert prompt.deep is not None
     adapted = prompt.adapt(causal)
     bound, learned = prompt.bind(adapted), prompt.learned(adapted)
-    items = question_items(bound, as_questions(ROWS), prompt.answer_space)
+    items = build_requests(bound, as_questions(ROWS), prompt.answer_space)
     found = target_logits(adapted, inputs_of(items), learned)  # (N, K)
     assert found.shape == (len(ROWS), 2)
     for row, item in zip(found, items, strict=True):
@@ -82,7 +82,7 @@ def test_logits_are_a_linear_layer_on_the_hidden_state_in_front_of_the_target(ca
         assert example.logit_positions == (len(example.token_ids) - 1,)
         hidden: list[torch.Tensor] = []
         hook = adapted.head.register_forward_pre_hook(lambda _, given, hidden=hidden: hidden.append(given[0]))
-        run_pass(adapted, [example], learned)
+        forward(adapted, [example], learned)
         hook.remove()
         own = hidden[-1].reshape(-1, hidden[-1].shape[-1])[-1]
         expected = weights.tensors[f"{HEAD}.weight"] @ own + weights.tensors[f"{HEAD}.bias"]

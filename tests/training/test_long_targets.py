@@ -12,7 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig
 from ptuning.errors import PTuningError
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.written import score_written
+from ptuning.prompt.score_generation import score_generation
 from ptuning.records import Record, Records, as_records
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.training import prepare
@@ -40,7 +40,7 @@ def test_an_epoch_is_chosen_by_a_metric_of_what_is_written(causal: Backbone, tmp
     losses = every(record, "dev_loss")
     assert record["chosen_epoch"] == max(range(4), key=lambda at: (values[at], -losses[at], -at))
     assert str(record["choice_rule"]).startswith("highest dev chrf; of equal ones the lowest dev loss; of equal ones")
-    found = score_written(PromptModel(causal), as_records(DEV), result.prompt, ["chrf"])
+    found = score_generation(PromptModel(causal), as_records(DEV), result.prompt, ["chrf"])
     assert found.scores["chrf"].value == pytest.approx(max(values), abs=1e-6)
     by_loss = run(causal, None, TEXTS, settings={**settings, "metric_for_best_model": "loss"}, dev=DEV).record
     losses = every(by_loss, "dev_loss")

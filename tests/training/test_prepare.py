@@ -9,8 +9,8 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import ConfigError
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
@@ -107,7 +107,7 @@ def test_examples_as_deep_slots_are_the_examples_in_context(name: str, request: 
     ).without("slots")
     assert str(shown.template).count("The capital of") == 4
     words = shown.bind(backbone).examples(list(prepared.parts["dev"].records))
-    nothing = Learned.none(backbone.width)
+    nothing = PromptBatch.none(backbone.width)
     with torch.no_grad():
         found = target_logits(backbone, [item.inputs[0] for item in prepared.items["dev"]], start)
         torch.testing.assert_close(found, target_logits(backbone, words, nothing), atol=1e-5, rtol=0)

@@ -28,9 +28,9 @@ from ptuning.engine import evaluate as evaluate_module
 from ptuning.engine import prefix_cache
 from ptuning.engine.batch import collate
 from ptuning.engine.evaluate import Evaluation
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import (
     BackboneError,
     ConfigError,
@@ -649,7 +649,7 @@ SOME = pytest.mark.parametrize(
 ANSWER = """
 import json, sys, torch
 from ptuning.backbone.loading import load_backbone
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
@@ -943,7 +943,7 @@ def test_rows_are_cut_to_max_length_in_training_and_in_use(
         read.extend(len(example.token_ids) for example in examples)
         return collate(examples, *rest, **options)
 
-    monkeypatch.setattr("ptuning.engine.passes.collate", spy)
+    monkeypatch.setattr("ptuning.engine.forward.collate", spy)
     model = PromptModel(causal)
     model.rank(long, prompt, ["yes", "no", "São Tomé"])
     score_prompt(model, as_records(long), prompt)
@@ -995,7 +995,7 @@ def test_the_written_predictions_are_those_of_predict(
     whole: list[int] = []
     real = target_logits
 
-    def watch(backbone: Backbone, examples: Any, learned: Learned, *, cache: PrefixCache | None) -> torch.Tensor:
+    def watch(backbone: Backbone, examples: Any, learned: PromptBatch, *, cache: PrefixCache | None) -> torch.Tensor:
         if cache is None or not cache.is_used:
             whole.append(len(examples))
         return real(backbone, examples, learned, cache=cache)

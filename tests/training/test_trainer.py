@@ -26,12 +26,19 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
 from ptuning.engine import batch as batch_module
 from ptuning.engine import evaluate, prefix_cache
-from ptuning.engine.ceiling import measure_ceiling
-from ptuning.engine.evaluate import Evaluation
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, loss, loss_count, question_items, score_choices, target_items
-from ptuning.engine.passes import target_logits
+from ptuning.engine.evaluate import Evaluation, measure_ceiling
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import (
+    ScoringRequest,
+    build_requests,
+    inputs_of,
+    loss,
+    loss_count,
+    score_continuations,
+    target_requests,
+)
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FILE
@@ -176,7 +183,9 @@ def slot_gradient(backbone: Backbone, start: Tensor) -> Tensor:
     """Return the gradient of the loss in the slot vectors."""
     vectors = start.clone().requires_grad_(True)
     items = items_of(backbone, TEMPLATE, FACTS)
-    value, count = loss(items, score_choices(items, target_logits(backbone, inputs_of(items), Learned(vectors))))
+    value, count = loss(
+        items, score_continuations(items, target_logits(backbone, inputs_of(items), PromptBatch(vectors)))
+    )
     (value / count).backward()
     assert vectors.grad is not None
     return vectors.grad
@@ -223,7 +232,9 @@ def teachable(family: str) -> Backbone:
     return backbone
 
 
-def learn(backbone: Backbone, template: str, items: list[Item], *, enough: Callable[[Trainer], bool]) -> Trainer:
+def learn(
+    backbone: Backbone, template: str, items: list[ScoringRequest], *, enough: Callable[[Trainer], bool]
+) -> Trainer:
     """Train free vectors on items, and choose by the same ones, until it is enough."""
     config = TrainConfig.from_json(
         {"epochs": 150, "patience": 150, "lr": 0.1, "encoder": "none", "warmup_fraction": 0.0, "batch_size": 12}
@@ -284,7 +295,7 @@ def test_a_rule_is_learned_with_label_words(family: str) -> None:
         {"x": f"{word} {name}", "y": label} for word, label in (("great", "good"), ("bad", "bad")) for name in names
     ]
     backbone, template = teachable(family), "[P*4] [X] [P*4] [Y]"
-    items = question_items(bound(backbone, template), as_questions(rows), AnswerSpace(words))
+    items = build_requests(bound(backbone, template), as_questions(rows), AnswerSpace(words))
     found = learn(backbone, template, items, enough=lambda found: found.state.best_score > 0.95)
     assert found.state.start["dev_score"] < 0.95
     assert found.state.best_loss < found.state.start["dev_loss"]
@@ -322,7 +333,7 @@ def test_resuming_with_deep_slots_is_exact(tmp_path: Path, name: str, kind: Deep
     filled = TokenizedTemplate(
         template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=backbone.reads_blocks, max_length=60
     )
-    items = target_items(filled, as_records(FACTS), with_stop=True)
+    items = target_requests(filled, as_records(FACTS), with_stop=True)
     config = TrainConfig.from_json({**FAST, "deep_encoder": kind, "deep_lr": 0.05})
 
     def make(folder: Path | None = None) -> Trainer:
@@ -361,7 +372,7 @@ def test_checkpointing_with_a_block_of_deep_slots_has_the_same_result(causal: Ba
     filled = TokenizedTemplate(
         Template.parse("[D:the city of] [X] is [Y]"), tokenizer=causal.tokenizer, kind=causal.kind, block=True
     )
-    items = target_items(filled, as_records(FACTS), with_stop=True)
+    items = target_requests(filled, as_records(FACTS), with_stop=True)
     found = []
     for checkpointing in (False, True):
         one = Trainer(causal, filled, config=TrainConfig.from_json({**FAST, "checkpointing": checkpointing}))
@@ -378,7 +389,7 @@ def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
     filled = TokenizedTemplate(
         Template.parse("[D:the city of] [X] is [Y]"), tokenizer=causal.tokenizer, kind=causal.kind, block=True
     )
-    items = target_items(filled, as_records(FACTS), with_stop=True)
+    items = target_requests(filled, as_records(FACTS), with_stop=True)
     found = Trainer(causal, filled, config=TrainConfig.from_json({**FAST, "values_only": True}))
     start = found.learner.deep()
     found.fit(items, items[:4])
@@ -1186,7 +1197,7 @@ def test_dropout_is_the_backbones_own_where_it_learns(
     seen: list[tuple[bool, int]] = []
     real = target_logits
 
-    def watch(backbone: Backbone, examples: list[Example], learned: Learned, **more: Any) -> Tensor:
+    def watch(backbone: Backbone, examples: list[Example], learned: PromptBatch, **more: Any) -> Tensor:
         dropping = {one.training for one in backbone.model.modules() if isinstance(one, torch.nn.Dropout) and one.p}
         taking = sum(weight.requires_grad for weight in backbone.model.parameters())
         if torch.is_grad_enabled():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ptuning.data.questions import Questions
     from ptuning.data.reading import RawRows
     from ptuning.data.task_files import TaskFile
-    from ptuning.prompt.asked import ToAnswer
+    from ptuning.prompt.inputs import InferenceInputs
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.language import Template
@@ -211,9 +211,9 @@ def gathered_rows(rows: Questions, task: TaskFile | None, *, group: bool) -> Que
     return found
 
 
-def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:
+def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> InferenceInputs:
     """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
-    from ptuning.prompt.asked import ToAnswer, typed_fields
+    from ptuning.prompt.inputs import InferenceInputs, typed_fields
 
     if (text is None) == (data is None):
         raise ConfigError(
@@ -227,9 +227,9 @@ def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Se
     if text is not None and text != "-":
         if not text.strip():
             raise ConfigError("the TEXT is empty, so there is nothing to answer; - reads texts from the standard input")
-        return ToAnswer.typed(prompt, {fields[0]: text}, where=COMMAND_LINE)
+        return InferenceInputs.typed(prompt, {fields[0]: text}, where=COMMAND_LINE)
     rows = _rows_to_answer(prompt, "-" if data is None else data, field)
-    found = ToAnswer.of(prompt, rows, fields=fields_of(field))
+    found = InferenceInputs.of(prompt, rows, fields=fields_of(field))
     if not found.questions:
         what = "records: lines of text, CSV or JSONL" if rows.name == STANDARD_INPUT else "records to answer"
         raise RecordError(f"{'the ' * (rows.name == STANDARD_INPUT)}{rows.name} holds no {what}")

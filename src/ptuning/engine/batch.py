@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptuning.engine.learned import Learned
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError
 from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
@@ -64,7 +64,7 @@ class Batch:
         return replace(self, **moved)  # type: ignore[arg-type]  # only tensors are replaced
 
 
-def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "right") -> Batch:
+def collate(examples: Sequence[Example], learned: PromptBatch, *, pad_side: Side = "right") -> Batch:
     """Pad B examples to one batch, on one side of whole rows; encoder and decoder parts are each padded on the right.
     Raises PromptError if a row has another number of slot positions than its prompt has slots.
     """
@@ -115,7 +115,7 @@ def unread_of_blocks(examples: Sequence[Example]) -> tuple[Ids, ...]:
     return tuple(tuple(at for at in one.unread if at < one.begun) for one in examples)
 
 
-def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -> int:
+def shared_tokens(examples: Sequence[Example], learned: PromptBatch | None = None) -> int:
     """Count the leading tokens and slots that are the same in all rows; without ``learned`` they have the same prompt.
 
     They end before the first scored position, so that each row has at least one position of its own behind them. None

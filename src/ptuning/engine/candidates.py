@@ -12,16 +12,16 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine import batch as bounds
 from ptuning.engine.batch import Batch, Side, batches, collate
-from ptuning.engine.learned import Learned
+from ptuning.engine.forward import forward_after_context, forward_batch, target_logits
 from ptuning.engine.memory import in_parts
-from ptuning.engine.passes import run_batch, run_behind, target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 from ptuning.template.shared_prefix import shared_length
 
 
 @dataclass(frozen=True)
-class ScoredCandidate:
+class CandidatePlace:
     """How a row scores one candidate: its ``place`` among all, its ids, and which of the row's logits score each."""
 
     place: int
@@ -30,18 +30,18 @@ class ScoredCandidate:
 
 
 @dataclass(frozen=True)
-class Row:
+class CandidateRow:
     """A row that scores ``candidates`` of one record. The last tokens of a tree of candidates come behind ``parents``,
     the column that each continues; without any, a row is plain text.
     """
 
     example: Example
-    candidates: tuple[ScoredCandidate, ...]
+    candidates: tuple[CandidatePlace, ...]
     parents: Ids = ()
 
 
 def candidate_log_probs(
-    backbone: Backbone, examples: Sequence[Sequence[Example]], learned: Learned, *, pad_side: Side
+    backbone: Backbone, examples: Sequence[Sequence[Example]], learned: PromptBatch, *, pad_side: Side
 ) -> list[list[float]]:
     """Return the total log-probability of each candidate's ``target_ids``, for N records with C candidates each.
 
@@ -60,7 +60,7 @@ def candidate_log_probs(
     return found
 
 
-def plain_rows(examples: Sequence[Example]) -> list[Row]:
+def plain_rows(examples: Sequence[Example]) -> list[CandidateRow]:
     """Return a row for each different input: texts that differ in their last token only share one, as do, for a model
     that fills masks, texts of one length.
     """
@@ -68,10 +68,10 @@ def plain_rows(examples: Sequence[Example]) -> list[Row]:
     for place, example in enumerate(examples):
         rows.setdefault((example.token_ids, example.logit_positions), []).append(place)
     return [
-        Row(
+        CandidateRow(
             examples[places[0]],
             tuple(
-                ScoredCandidate(place, tuple(range(len(examples[place].target_ids))), examples[place].target_ids)
+                CandidatePlace(place, tuple(range(len(examples[place].target_ids))), examples[place].target_ids)
                 for place in places
             ),
         )
@@ -79,12 +79,12 @@ def plain_rows(examples: Sequence[Example]) -> list[Row]:
     ]
 
 
-def tree_rows(examples: Sequence[Example]) -> list[Row]:
+def tree_rows(examples: Sequence[Example]) -> list[CandidateRow]:
     """Return rows of one record's context, each followed by the tree of as many candidates as a pass can hold."""
     some = examples[0]
     context = min(_common(examples), 1 + min(example.logit_positions[0] for example in examples))
     order = sorted(range(len(examples)), key=lambda place: examples[place].token_ids[context:])
-    rows: list[Row] = []
+    rows: list[CandidateRow] = []
     tree = _Tree(some, context)
     for place in order:
         if tree.candidates and tree.is_full(examples[place]):
@@ -103,7 +103,7 @@ class _Tree:
         self.parents: list[int] = []
         self.nodes: dict[tuple[int, int], int] = {}  # (parent's column, token) -> column
         self.asked: dict[int, int] = {}  # column -> index of its logits
-        self.candidates: list[ScoredCandidate] = []
+        self.candidates: list[CandidatePlace] = []
 
     def is_full(self, example: Example) -> bool:
         """Whether a further candidate may be too much for a pass."""
@@ -124,17 +124,17 @@ class _Tree:
         for position in example.logit_positions:
             column = position if position < self.context else columns[position - self.context + 1]
             logits.append(self.asked.setdefault(column, len(self.asked)))
-        self.candidates.append(ScoredCandidate(place, tuple(logits), example.target_ids))
+        self.candidates.append(CandidatePlace(place, tuple(logits), example.target_ids))
 
-    def row(self) -> Row:
+    def row(self) -> CandidateRow:
         asked = tuple(self.asked)
         example = replace(
             self.example, token_ids=tuple(self.tokens), logit_positions=asked, target_ids=(), own_tokens=0
         )
-        return Row(example, tuple(self.candidates), tuple(self.parents))
+        return CandidateRow(example, tuple(self.candidates), tuple(self.parents))
 
 
-def tree_batch(rows: Sequence[Row], learned: Learned) -> Batch:
+def tree_batch(rows: Sequence[CandidateRow], learned: PromptBatch) -> Batch:
     """Pad rows on the right to a batch in which a token reads what leads to it: the mask is (B, 1, T, T) bool."""
     batch = collate([row.example for row in rows], learned)
     width = batch.token_ids.shape[1]
@@ -151,7 +151,7 @@ def tree_batch(rows: Sequence[Row], learned: Learned) -> Batch:
 
 
 def _passes(
-    backbone: Backbone, rows: Sequence[tuple[int, Row]], learned: Learned, *, pad_side: Side
+    backbone: Backbone, rows: Sequence[tuple[int, CandidateRow]], learned: PromptBatch, *, pad_side: Side
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Run rows, each with the index of its record, and yield those of a pass with their logits, (N, V).
     Of a record that fills several passes, the context runs once.
@@ -162,7 +162,9 @@ def _passes(
     alone = [own for own in per_record.values() if len(own) > 1 and rows[own[0]][1].parents]
     for own in alone:
         trees = [tree_batch([rows[index][1]], learned.take([rows[index][0]])) for index in own]
-        for index, logits in zip(own, run_behind(backbone, trees, learned.take([rows[own[0]][0]])), strict=True):
+        for index, logits in zip(
+            own, forward_after_context(backbone, trees, learned.take([rows[own[0]][0]])), strict=True
+        ):
             yield [index], logits
     apart = {index for own in alone for index in own}
     rest = [index for index in range(len(rows)) if index not in apart]
@@ -172,19 +174,19 @@ def _passes(
         yield chosen, _logits(backbone, group, brought, pad_side=pad_side)
 
 
-def _logits(backbone: Backbone, rows: Sequence[Row], learned: Learned, *, pad_side: Side) -> Tensor:
+def _logits(backbone: Backbone, rows: Sequence[CandidateRow], learned: PromptBatch, *, pad_side: Side) -> Tensor:
     examples = [row.example for row in rows]
     if not any(row.parents for row in rows):
         return target_logits(backbone, examples, learned, pad_side=pad_side)
 
     def run(part: Sequence[int]) -> Tensor:
         brought = learned.take(part)
-        return run_batch(backbone, tree_batch([rows[at] for at in part], brought), brought).logits
+        return forward_batch(backbone, tree_batch([rows[at] for at in part], brought), brought).logits
 
     return torch.cat(in_parts(run, [len(example.token_ids) for example in examples], backbone=backbone))
 
 
-def _totals(rows: Sequence[Row], logits: Tensor) -> list[float]:
+def _totals(rows: Sequence[CandidateRow], logits: Tensor) -> list[float]:
     """Return the log-probability of each candidate of rows, from the (N, V) float32 logits of these rows."""
     at: list[int] = []
     ids: list[int] = []

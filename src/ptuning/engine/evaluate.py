@@ -1,19 +1,20 @@
-"""Scoring items with one prompt: mean loss, and a hit or a miss for each."""
+"""Scoring requests with one prompt: mean loss, hits and misses; and the speed of a bare forward and backward pass."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import batches
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, class_scores, hits, inputs_of, loss, score_choices
-from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.batch import batches, collate
+from ptuning.engine.forward import forward_embeddings, shared_prefix_tokens, target_logits
+from ptuning.engine.objective import ScoringRequest, class_scores, hits, inputs_of, loss, score_continuations
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.progress import OnProgress, Progress
 
 
@@ -21,7 +22,7 @@ from ptuning.progress import OnProgress, Progress
 class Evaluation:
     """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
     With classes also the most likely class of each record, and the natural log-probabilities of its classes.
-    ``known``: which records can be a hit at all (:attr:`~ptuning.engine.objective.Item.distinguishable`).
+    ``known``: which records can be a hit at all (:attr:`~ptuning.engine.objective.ScoringRequest.distinguishable`).
     ``count``: number of tokens (or records) of which the loss is the mean.
     """
 
@@ -41,8 +42,8 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
-    items: Sequence[Item],
-    learned: Learned,
+    items: Sequence[ScoringRequest],
+    learned: PromptBatch,
     *,
     cache: PrefixCache | None = None,
     report: OnProgress | None = None,
@@ -57,11 +58,11 @@ def evaluate(
     asked = [index for index in range(len(items)) if index not in found]
     guesses: dict[int, int] = {}
     log_probs: dict[int, tuple[float, ...]] = {}
-    prefix = prefix_tokens(backbone, inputs_of(items))
+    prefix = shared_prefix_tokens(backbone, inputs_of(items))
     for places in batches([items[index].inputs for index in asked], prefix=prefix):
         chosen = [asked[place] for place in places]
         group = [items[index] for index in chosen]
-        scored = score_choices(group, target_logits(backbone, inputs_of(group), learned, cache=cache))
+        scored = score_continuations(group, target_logits(backbone, inputs_of(group), learned, cache=cache))
         batch_sum, batch_count = loss(group, scored)
         loss_sum, count = loss_sum + float(batch_sum), count + batch_count
         found |= dict(zip(chosen, hits(group, scored), strict=True))
@@ -83,8 +84,8 @@ def evaluate(
 
 def evaluate_parts(
     backbone: Backbone,
-    parts: Iterable[Sequence[Item]],
-    learned: Learned,
+    parts: Iterable[Sequence[ScoringRequest]],
+    learned: PromptBatch,
     *,
     total: int,
     report: OnProgress | None = None,
@@ -110,3 +111,28 @@ def evaluate_parts(
         tuple(known for one in found for known in one.known),
         count,
     )
+
+
+def measure_ceiling(
+    backbone: Backbone, items: Sequence[ScoringRequest], *, batch_size: int, slots: int, seconds: float = 10.0
+) -> float:
+    """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
+
+    The embeddings are the leaves: no encoder, no slots, no optimizer. Logits are computed where training computes them,
+    and a shared prefix runs once. Rows run whole, so training from the first slot onwards may be faster than this.
+    """
+    learned = PromptBatch(torch.zeros(slots, backbone.width))  # says where slots are; its values are not used
+    tokens, spent, began = 0, 0.0, time.monotonic()
+    for number, at in enumerate((0, *range(0, len(items), batch_size))):
+        batch = collate(inputs_of(items[at : at + batch_size]), learned).to(backbone.device)
+        embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
+        start = time.monotonic()
+        logits, _ = forward_embeddings(backbone, embeddings, batch)
+        torch.logsumexp(logits, dim=-1).sum().backward()
+        if backbone.device.type == "cuda":
+            torch.cuda.synchronize(backbone.device)
+        if number:  # the first time, the first batch warms the machine up
+            tokens, spent = tokens + batch.tokens, spent + time.monotonic() - start
+        if number and time.monotonic() - began > seconds:
+            break
+    return tokens / spent

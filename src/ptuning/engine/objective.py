@@ -1,4 +1,4 @@
-"""Losses as (sum, count), and scores of targets, candidates, label words (verbalizer) and choices."""
+"""Losses as (sum, count), scores of targets, candidates, label words and choices, and the truncation report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def stop_weight(own_tokens: int, *, named: bool = False) -> float:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Continuation:
     """A text to score after an input: its ``own_tokens`` ids, and then perhaps the stop token. ``known`` says whether
     the tokenizer knows it, and ``named_end`` whether the template names what it ends with.
     """
@@ -58,7 +59,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Item:
+class ScoringRequest:
     """One record ready to be scored: its different ``inputs``, and how ``normalise`` treats choices of several tokens.
 
     Args:
@@ -69,10 +70,10 @@ class Item:
     """
 
     inputs: tuple[Example, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[Continuation, ...]
     classes: Ids = ()
     answers: Ids = ()
-    empty: tuple[Choice, ...] = ()
+    empty: tuple[Continuation, ...] = ()
     normalise: Normalise = "sum"
 
     @property
@@ -93,12 +94,12 @@ class Item:
         return frozenset(one for one in right if is_distinguishable(self.collisions[one], right))
 
 
-def inputs_of(items: Iterable[Item]) -> list[Example]:
+def inputs_of(items: Iterable[ScoringRequest]) -> list[Example]:
     """Return the rows of items, one item after the other."""
     return [example for item in items for example in item.inputs]
 
 
-def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Choice, ...]]:
+def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Continuation, ...]]:
     """Turn examples of one record into their different inputs, and one choice per example.
     Candidates that differ in their last token only (for a masked model: of the same length) share an input.
     """
@@ -110,15 +111,17 @@ def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tupl
         if key not in inputs:
             inputs[key] = len(kept)
             kept.append(example)
-        choices.append(_choice(example, inputs[key]))
+        choices.append(_continuation(example, inputs[key]))
     return tuple(kept), tuple(choices)
 
 
-def _choice(example: Example, place: int = 0) -> Choice:
-    return Choice(place, example.target_ids, example.own_tokens, example.known, example.named_end)
+def _continuation(example: Example, place: int = 0) -> Continuation:
+    return Continuation(place, example.target_ids, example.own_tokens, example.known, example.named_end)
 
 
-def target_items(bound: TokenizedTemplate, records: Records, *, with_stop: bool, cut: bool = False) -> list[Item]:
+def target_requests(
+    bound: TokenizedTemplate, records: Records, *, with_stop: bool, cut: bool = False
+) -> list[ScoringRequest]:
     """Return one item per record, with its target as the only choice. Warns about targets that the tokenizer does not
     know, and raises a RecordError if there are hardly any others. Of a target that does not fit, the beginning is taken
     if asked for (``cut``), without an end; with a warning.
@@ -126,9 +129,9 @@ def target_items(bound: TokenizedTemplate, records: Records, *, with_stop: bool,
     shorter = _shorter(bound, records, with_stop=with_stop) if cut else {}
     rows = [shorter.get(index, record) for index, record in enumerate(records)]
     examples = bound.examples(rows, with_stop=with_stop, source=f"{records.name}, record")
-    items = [Item((example,), (_choice(example),)) for example in examples]
+    items = [ScoringRequest((example,), (_continuation(example),)) for example in examples]
     for index in shorter if bound.kind not in FILLS_MASKS else ():
-        items[index] = cut_target(items[index], max(1, items[index].choices[0].own_tokens - 1))
+        items[index] = truncate_target(items[index], max(1, items[index].choices[0].own_tokens - 1))
     _check_known(bound, records, [bool(item.distinguishable) for item in items], is_choice=False)
     return items
 
@@ -165,7 +168,7 @@ def _check_known(bound: TokenizedTemplate, records: Records, known: Sequence[boo
     warn(check_fields(bound.tokenizer, records, bound.template.fields))
 
 
-def question_items(
+def build_requests(
     bound: TokenizedTemplate,
     questions: Questions,
     answers: AnswerSpace,
@@ -173,19 +176,19 @@ def question_items(
     with_stop: bool = False,
     labelled: bool = True,
     cut: bool = False,
-) -> list[Item]:
+) -> list[ScoringRequest]:
     """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 
-    A written target gets a stop token ``with_stop``, and is ``cut`` as :func:`target_items` says. Items of a closed
+    A written target gets a stop token ``with_stop``, and is ``cut`` as :func:`target_requests` says. Items of a closed
     space have their right classes if ``labelled``. Raises RecordError if a question cannot be answered, or its target
     is not an answer; LabelWordError if the tokenizer does not know a label's word, or not from that of another; warns
-    and raises as :func:`target_items`.
+    and raises as :func:`target_requests`.
     """
-    parts = item_parts(bound, questions, answers, with_stop=with_stop, labelled=labelled, cut=cut)
+    parts = request_parts(bound, questions, answers, with_stop=with_stop, labelled=labelled, cut=cut)
     return [item for part in parts for item in part]
 
 
-def item_parts(
+def request_parts(
     bound: TokenizedTemplate,
     questions: Questions,
     answers: AnswerSpace,
@@ -193,18 +196,18 @@ def item_parts(
     with_stop: bool = False,
     labelled: bool = True,
     cut: bool = False,
-) -> Iterator[list[Item]]:
-    """Yield the items of :func:`question_items` in parts, each made when it is asked for, so that the labels or choices
+) -> Iterator[list[ScoringRequest]]:
+    """Yield the items of :func:`build_requests` in parts, each made when it is asked for, so that the labels or choices
     of a few questions are in memory at a time. What it says of all records is said before it yields the last part.
     """
     if not answers.is_closed:
-        yield target_items(bound, questions.records, with_stop=with_stop, cut=cut)
+        yield target_requests(bound, questions.records, with_stop=with_stop, cut=cut)
         return
     answers.check(questions, labelled=labelled)
     source, known = f"{questions.name}, record", list[bool]()
     for part in _few(questions, answers):
         asked = questions[part.start : part.stop]
-        items = _closed_items(bound, asked, answers, source=source, first=part.start + 1, labelled=labelled)
+        items = _closed_requests(bound, asked, answers, source=source, first=part.start + 1, labelled=labelled)
         if labelled:
             known += [bool(item.distinguishable) for item in items]
             if part.stop == len(questions):
@@ -227,7 +230,7 @@ def _few(questions: Sequence[Question], answers: AnswerSpace) -> Iterator[range]
         yield range(start, len(questions))
 
 
-def _closed_items(
+def _closed_requests(
     bound: TokenizedTemplate,
     questions: Sequence[Question],
     answers: AnswerSpace,
@@ -235,9 +238,9 @@ def _closed_items(
     source: str,
     first: int,
     labelled: bool,
-) -> list[Item]:
+) -> list[ScoringRequest]:
     if answers.head:
-        return _head_items(bound, questions, answers, source=source, labelled=labelled)
+        return _head_requests(bound, questions, answers, source=source, labelled=labelled)
     scoring, texts = answers.scoring, [answers.texts(question) for question in questions]
     filled = bound.answers([question.record for question in questions], texts, source=source, first=first)
     if answers.words is not None and filled:
@@ -253,7 +256,7 @@ def _closed_items(
             empty[key] = without
         inputs, choices = share_inputs([*own, *without])
         items.append(
-            Item(
+            ScoringRequest(
                 inputs,
                 choices[: len(own)],
                 answers.classes(question),
@@ -265,22 +268,22 @@ def _closed_items(
     return items
 
 
-def _head_items(
+def _head_requests(
     bound: TokenizedTemplate, questions: Sequence[Question], answers: AnswerSpace, *, source: str, labelled: bool
-) -> list[Item]:
+) -> list[ScoringRequest]:
     """Return items whose classes are the outputs of a classification head, which reads the hidden state that would
     write the first token of the target.
     """
-    choices = tuple(Choice(0, (label,), 1) for label in range(len(answers.labels)))
+    choices = tuple(Continuation(0, (label,), 1) for label in range(len(answers.labels)))
     filled = bound.contexts([question.record for question in questions], source=source)
     rows = (replace(one, logit_positions=one.logit_positions[:1]) for one in filled)
     return [
-        Item((row,), choices, tuple(range(len(choices))), answers.right(question) if labelled else ())
+        ScoringRequest((row,), choices, tuple(range(len(choices))), answers.right(question) if labelled else ())
         for row, question in zip(rows, questions, strict=True)
     ]
 
 
-def cut_target(item: Item, most: int) -> Item:
+def truncate_target(item: ScoringRequest, most: int) -> ScoringRequest:
     """Return an item whose target has at most so many tokens, to be learned; a cut one has no stop token. For a model
     that writes, where nothing stands behind the target.
     """
@@ -295,17 +298,17 @@ def cut_target(item: Item, most: int) -> Item:
         target_ids=example.target_ids[:most],
         own_tokens=most,
     )
-    return replace(item, inputs=(shorter,), choices=(_choice(shorter),))
+    return replace(item, inputs=(shorter,), choices=(_continuation(shorter),))
 
 
-def candidate_item(examples: Sequence[Example]) -> Item:
+def candidate_request(examples: Sequence[Example]) -> ScoringRequest:
     """Return the item that scores each example's target as a candidate."""
     inputs, choices = share_inputs(examples)
-    return Item(inputs, choices)
+    return ScoringRequest(inputs, choices)
 
 
 @dataclass(frozen=True)
-class Scored:
+class ContinuationScores:
     """Log-probabilities of the choices of several items, C choices and M scored tokens in all.
 
     Args:
@@ -331,7 +334,7 @@ class Scored:
         return self.log_probs / self.lengths
 
 
-def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
+def score_continuations(items: Sequence[ScoringRequest], logits: Tensor) -> ContinuationScores:
     """Score the choices of items from the (N, V) float32 logits at the scored positions of their inputs, in order."""
     rows: list[int] = []
     ids: list[int] = []
@@ -357,7 +360,7 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
     token_log_probs = logits[at, token] - torch.logsumexp(logits, dim=-1)[at]  # (M,)
     missed = (logits.argmax(dim=-1)[at] != token) & is_own  # (M,)
     zeros = torch.zeros(number, dtype=torch.float32, device=device)
-    return Scored(
+    return ContinuationScores(
         log_probs=zeros.index_add(0, owner, token_log_probs * is_own),
         all_log_probs=zeros.index_add(0, owner, token_log_probs),
         correct=zeros.index_add(0, owner, missed.float()) == 0,
@@ -368,20 +371,20 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
     )
 
 
-def score_parts(parts: Sequence[Sequence[Item]], logits: Tensor) -> list[Scored]:
-    """Return what :func:`score_choices` returns for each of several lists of items, from one look at all logits."""
-    whole = score_choices([item for part in parts for item in part], logits)
+def score_parts(parts: Sequence[Sequence[ScoringRequest]], logits: Tensor) -> list[ContinuationScores]:
+    """Return the scores of several lists of requests, computed from all logits at once."""
+    whole = score_continuations([item for part in parts for item in part], logits)
     choices = [[choice for item in part for choice in (*item.choices, *item.empty)] for part in parts]
     sizes = [len(own) for own in choices]
     columns = (one.split(sizes) for one in (whole.log_probs, whole.all_log_probs, whole.correct, whole.lengths))
     per_item = (tuple(len(item.choices) + len(item.empty) for item in part) for part in parts)
     return [
-        Scored(log_probs, all_log_probs, correct, lengths, _token_count(scored), counts, _more_stop(scored))
+        ContinuationScores(log_probs, all_log_probs, correct, lengths, _token_count(scored), counts, _more_stop(scored))
         for log_probs, all_log_probs, correct, lengths, scored, counts in zip(*columns, choices, per_item, strict=True)
     ]
 
 
-def _token_count(choices: Sequence[Choice]) -> float:
+def _token_count(choices: Sequence[Continuation]) -> float:
     """Return the number of scored tokens of choices, with each stop token as it weighs."""
     own = sum(choice.own_tokens for choice in choices)
     stops = [len(choice.target_ids) - choice.own_tokens for choice in choices]
@@ -389,13 +392,13 @@ def _token_count(choices: Sequence[Choice]) -> float:
     return own + STOP_WEIGHT * sum(stops) + more
 
 
-def _more_stop(choices: Sequence[Choice]) -> tuple[float, ...]:
+def _more_stop(choices: Sequence[Continuation]) -> tuple[float, ...]:
     """Return what the stop token behind each choice weighs more than behind a name; nothing if all are names."""
     more = tuple(stop_weight(one.own_tokens, named=one.named_end) - STOP_WEIGHT for one in choices)
     return more if any(more) else ()
 
 
-def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
+def class_scores(items: Sequence[ScoringRequest], scored: ContinuationScores) -> Tensor:
     """Return one score per item and class: the log of the mean probability of the class's words.
 
     With calibration, each word's probability is divided by its probability after an empty record. Returns (I, K)
@@ -417,7 +420,7 @@ def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
     return torch.logsumexp(masked, dim=-1) - members.sum(dim=-1).clamp(min=1).log()  # (I, K)
 
 
-def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
+def loss(items: Sequence[ScoringRequest], scored: ContinuationScores) -> tuple[Tensor, float]:
     """Return the loss of items as (sum, count). Divide once, by the count of the whole optimizer step.
 
     Without classes: the negative log-likelihood of the target, counted in tokens; the stop token weighs
@@ -442,16 +445,16 @@ def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
     return -torch.logsumexp(right, dim=-1).sum(), len(items)
 
 
-def loss_count(items: Sequence[Item]) -> float:
+def loss_count(items: Sequence[ScoringRequest]) -> float:
     """Return the count that :func:`loss` will return for items, without running them."""
     if not items[0].answers:
         return _token_count([choice for item in items for choice in item.choices])
     return len(items)
 
 
-def hits(items: Sequence[Item], scored: Scored) -> list[float]:
+def hits(items: Sequence[ScoringRequest], scored: ContinuationScores) -> list[float]:
     """Return 1.0 for each item answered correctly: greedy decoding would write the target, or its class is right.
-    What the tokenizer does not know or tell apart is never a hit (:attr:`Item.distinguishable`).
+    What the tokenizer does not know or tell apart is never a hit (:attr:`ScoringRequest.distinguishable`).
     """
     if not items[0].answers:
         return [
@@ -459,3 +462,45 @@ def hits(items: Sequence[Item], scored: Scored) -> list[float]:
         ]
     guesses = class_scores(items, scored).argmax(dim=-1).tolist()
     return [float(guess in item.distinguishable) for guess, item in zip(guesses, items, strict=True)]
+
+
+logger = logging.getLogger(__name__)
+
+
+class Truncation(NamedTuple):
+    """Whether a field of an item was cut, and how many turns of its conversation are left out."""
+
+    cut: bool
+    turns: int
+
+
+def truncation_of(item: ScoringRequest) -> Truncation:
+    """Return what of an item the model does not see."""
+    cut = any(one.shortened and not one.turns_left_out for one in item.inputs)
+    return Truncation(cut, max(one.turns_left_out for one in item.inputs))
+
+
+def warn_truncated(found: Sequence[Truncation], name: str, most: int) -> None:
+    """Warn about text of items that the model, which reads ``most`` tokens, does not see; once for each data."""
+    left_out = [one.turns for one in found if one.turns]
+    _warn_truncated(sum(one.cut for one in found), len(found), len(left_out), sum(left_out), name, most)
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_truncated(cut: int, rows: int, answers: int, turns: int, name: str, most: int) -> None:
+    if cut:
+        text = "%d of %d rows of %s are longer than %d tokens (max_length, or what the model reads); fields were cut"
+        logger.warning(text, cut, rows, name, most)
+    if turns:
+        text = "too much is said in front of %d answers of %s: the oldest turns are left out, %d in all"
+        logger.warning(text, answers, name, turns)
+
+
+def warn_truncated_parts(parts: Iterable[list[ScoringRequest]], name: str, most: int) -> Iterator[list[ScoringRequest]]:
+    """Yield parts of items, and say at the end what of them was shortened (:func:`warn_truncated`)."""
+    found: list[Truncation] = []
+    for part in parts:
+        found += map(truncation_of, part)
+        yield part
+        del part  # while the next one is made
+    warn_truncated(found, name, most)

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import batches, collate, one_sided
-from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
 
@@ -33,11 +33,11 @@ MIN_PREFIX_TOKENS = 8
 SPARED_DISK_BYTES = 2 << 30
 FILES = 64
 
-Told = Callable[[int, int], None]
+OnCached = Callable[[int, int], None]
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Past(NamedTuple):
+class PastKeyValues(NamedTuple):
     """Keys and values before B rows, (B, H, C, D) each for every layer, and the mask over them, (B, C) int64; each row
     has ``tokens`` of them in front, (B, 1) int64, read or not.
     """
@@ -47,7 +47,7 @@ class Past(NamedTuple):
     tokens: Tensor
 
     @classmethod
-    def of(cls, parts: Mapping[Key, Tensor], names: Sequence[Key]) -> Past:
+    def of(cls, parts: Mapping[Key, Tensor], names: Sequence[Key]) -> PastKeyValues:
         """Return the keys and values of the texts that rows name, (L, 2, H, C, D) each; a row whose name has none reads
         nothing. Shorter texts get pads on the left, so that all end in the same column.
         """
@@ -70,7 +70,7 @@ class Past(NamedTuple):
                         whole[:, :, row, :, start:] = parts[names[row]]
         return cls([(keys, values) for keys, values in whole], mask, mask.sum(dim=1, keepdim=True))
 
-    def hiding(self, unread: Sequence[Ids]) -> Past:
+    def hiding(self, unread: Sequence[Ids]) -> PastKeyValues:
         """Return the same for rows of which each does not read some of its own columns."""
         if not any(unread):
             return self
@@ -152,7 +152,7 @@ class PrefixCache:
             del self._disk[ids]
         self._close_files()
 
-    def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
+    def prepare(self, examples: Iterable[Example], *, report: OnCached | None = None) -> bool:
         """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
         ``report`` gets the tokens done and of all after every pass. If it raises, the rest is computed when needed.
         """
@@ -174,7 +174,7 @@ class PrefixCache:
         enough = sum(map(len, texts)) >= MIN_PREFIX_TOKENS * len(texts)
         return bool(self._memory_share) and enough and self.backbone.keeps_prefixes
 
-    def keep(self, texts: Iterable[Ids], *, report: Told | None = None) -> None:
+    def keep(self, texts: Iterable[Ids], *, report: OnCached | None = None) -> None:
         """Compute and keep the keys and values of texts; ``report`` as for :meth:`prepare`."""
         self.is_used = True
         wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
@@ -235,7 +235,7 @@ class PrefixCache:
 
     def _run_whole(self, group: Sequence[Ids]) -> list[Tensor]:
         rows = [Example(ids, (), (), (), 0) for ids in group]
-        batch = collate(rows, Learned.none(self.backbone.width)).to(self.backbone.device)
+        batch = collate(rows, PromptBatch.none(self.backbone.width)).to(self.backbone.device)
         memory = self.backbone.remember(
             self.backbone.embed(batch.token_ids), mask=batch.mask, positions=batch.positions
         )
@@ -322,7 +322,7 @@ def cacheable_ids(example: Example) -> Ids:
     return example.token_ids[: min((*example.slot_positions[:1], *example.logit_positions[:1]))]
 
 
-def row_behind(example: Example, start: int) -> Example:
+def drop_prefix(example: Example, start: int) -> Example:
     """Return a row without its first ``start`` tokens."""
     return replace(
         example,

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.deep import block_of
-from ptuning.engine.learned import Deep
+from ptuning.engine.soft_prompt import DeepParams, prefix_of_tokens
 from ptuning.errors import ExchangeError
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.peft_files import check_peft, logits_at, read_adapter, write_adapter
@@ -80,13 +79,13 @@ def _reader(source: Source, folder: Path) -> Reader:
     return read
 
 
-def deep_of(vectors: Tensor, backbone: Backbone, *, opening: Ids) -> Deep:
+def deep_of(vectors: Tensor, backbone: Backbone, *, opening: Ids) -> DeepParams:
     """Return the deep slots that PEFT's (N, L * 2 * K * D) numbers are; the first of them are no slots if they are the
     tokens that open a text (``opening``). An ExchangeError if they are of another model.
     """
     if not backbone.reads_blocks:
         raise ExchangeError(f"'{backbone.name}' reads no keys and values in front of a row, which prefix tuning brings")
-    some = block_of(backbone, opening or [0])
+    some = prefix_of_tokens(backbone, opening or [0])
     layers, two, heads, _, width = some.shape
     if vectors.shape[1] != layers * two * heads * width:
         raise ExchangeError(
@@ -100,7 +99,7 @@ def deep_of(vectors: Tensor, backbone: Backbone, *, opening: Ids) -> Deep:
     is_given = lead and block.shape[3] > lead
     if is_given:
         is_given = bool((block[:, :, :, :lead] - some).abs().max() <= rounding * some.abs().max())
-    return Deep(block, lead if is_given else 0)
+    return DeepParams(block, lead if is_given else 0)
 
 
 FORM = Form("prefix tuning of PEFT; for templates whose slots are deep ones in front", write)

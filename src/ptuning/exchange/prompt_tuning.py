@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import inject
+from ptuning.engine.forward import embed_inputs
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import ExchangeError
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.peft_files import check_peft, logits_at, read_adapter, write_adapter
@@ -87,7 +87,7 @@ def check_rest(source: Source, taken: int) -> None:
 def _virtual_tokens(backbone: Backbone, example: Example, vectors: Tensor, taken: int) -> Tensor:
     """Return the vectors of the first tokens of a row, (taken, E) float32: embeddings, and slot vectors at slots."""
     words = backbone.vectors_of(torch.tensor(example.token_ids)).cpu()  # (T, E)
-    return inject(words[None], vectors, collate([example], Learned(vectors)))[0, :taken]
+    return embed_inputs(words[None], vectors, collate([example], PromptBatch(vectors)))[0, :taken]
 
 
 def _reader(source: Source, folder: Path, taken: int) -> Reader:

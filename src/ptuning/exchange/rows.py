@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions, as_questions
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
 from ptuning.errors import ExchangeError
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Record, Records, Rows

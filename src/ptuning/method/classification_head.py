@@ -12,14 +12,14 @@ from ptuning.backbone.trained_weights import with_head
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Choice, Item, inputs_of
-from ptuning.engine.passes import target_logits
+from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import Continuation, ScoringRequest, inputs_of
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
-from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import rank_classes
+from ptuning.prompt.score import among_candidates
 from ptuning.records import Record
 from ptuning.template.ambiguity import is_known
 from ptuning.template.encode import Example, TokenizedTemplate
@@ -40,7 +40,7 @@ def head_template(task: Task, *, kind: Kind) -> Template:
     return Template((*pieces, *([Turn()] if kind == "encoder-decoder" else []), Target()))
 
 
-def head_items(bound: TokenizedTemplate, questions: Questions, answers: AnswerSpace) -> list[Item]:
+def head_items(bound: TokenizedTemplate, questions: Questions, answers: AnswerSpace) -> list[ScoringRequest]:
     """Return one item per question: one input whose classes are the labels, or one input per choice."""
     rows = [filled for question in questions for filled in _filled(question, answers)]
     filled = bound.contexts(rows, source=questions.name)
@@ -51,10 +51,10 @@ def head_items(bound: TokenizedTemplate, questions: Questions, answers: AnswerSp
         inputs = tuple(next(examples) for _ in _filled(question, answers))
         if answers.has_choices:
             known = [is_known(tuple(ids), unknown_id) for ids in bound.tokenizer.encode(question.choices)]
-            choices = tuple(Choice(place, (1,), 1, one) for place, one in enumerate(known))
+            choices = tuple(Continuation(place, (1,), 1, one) for place, one in enumerate(known))
         else:
-            choices = tuple(Choice(0, (label,), 1) for label in range(len(answers.labels)))
-        items.append(Item(inputs, choices, tuple(range(len(choices))), answers.right(question)))
+            choices = tuple(Continuation(0, (label,), 1) for label in range(len(answers.labels)))
+        items.append(ScoringRequest(inputs, choices, tuple(range(len(choices))), answers.right(question)))
     return items
 
 
@@ -115,7 +115,7 @@ class HeadModel:
     def answer(self, questions: Questions) -> list[Answer]:
         """Return the most probable label or choice for each question."""
         items = head_items(self.bound, questions, self.answer_space)
-        names, nothing = list(map(self.answer_space.names, questions)), Learned.none(self.backbone.width)
+        names, nothing = list(map(self.answer_space.names, questions)), PromptBatch.none(self.backbone.width)
         ranked = rank_classes(
             items,
             names,

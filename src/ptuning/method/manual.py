@@ -10,9 +10,9 @@ from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.metrics import Answer
 from ptuning.names import MANUAL
-from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import answer_records
 from ptuning.records import TARGET_FIELD
 from ptuning.template.language import Template
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions
-from ptuning.engine.deep import block_of, input_sizes
+from ptuning.engine.soft_prompt import layer_input_rms, prefix_of_tokens
 from ptuning.errors import PromptError
 from ptuning.files import Json
 from ptuning.progress import OnProgress
@@ -155,7 +155,7 @@ def _deep_views(prompt: Prompt, bound: TokenizedTemplate, backbone: Backbone) ->
     starts = (*bound.layout.lead_ids, *bound.layout.block_ids)
     if deep.block is not None:
         known = [token for token in starts if token is not None]
-        before = block_of(backbone, known) if len(known) == len(starts) else None  # (L, 2, K, C, D)
+        before = prefix_of_tokens(backbone, known) if len(known) == len(starts) else None  # (L, 2, K, C, D)
         for at in range(deep.lead, len(starts)):
             moved = None
             if before is not None:
@@ -163,7 +163,7 @@ def _deep_views(prompt: Prompt, bound: TokenizedTemplate, backbone: Backbone) ->
                 moved = change / before[:, :, :, at].flatten(1).norm(dim=1)
             view(starts[at], "front", moved)
     if deep.offsets is not None:
-        usual = input_sizes(backbone, torch.Generator().manual_seed(0))  # (L - 1,)
+        usual = layer_input_rms(backbone, torch.Generator().manual_seed(0))  # (L - 1,)
         for slot, offsets in zip(deep.slots, deep.offsets, strict=True):
             view(bound.slot_start_ids[slot], "row", offsets.square().mean(dim=1).sqrt() / usual)
     return tuple(found)

@@ -17,12 +17,18 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.engine import objective
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, score_choices
-from ptuning.engine.passes import prefix_tokens, target_logits
-from ptuning.engine.shortened import noticed
-from ptuning.engine.writing.ending import OpenRow
-from ptuning.engine.writing.generate import stream_answer, write_answers
+from ptuning.engine.decoding.decoder import GenerationInput
+from ptuning.engine.decoding.generate import generate_answers, stream_answer
+from ptuning.engine.forward import shared_prefix_tokens, target_logits
+from ptuning.engine.objective import (
+    ScoringRequest,
+    class_scores,
+    inputs_of,
+    request_parts,
+    score_continuations,
+    warn_truncated_parts,
+)
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, shown
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
@@ -220,7 +226,7 @@ class PromptModel:
     ) -> list[list[Candidate]]:
         groups, learned = self._bind(prompts)
         found: dict[int, list[Candidate]] = {}
-        items: dict[int, Item] = {}
+        items: dict[int, ScoringRequest] = {}
 
         def rank() -> None:
             chosen = list(items)
@@ -239,8 +245,8 @@ class PromptModel:
 
         for bound, indices in groups:
             own, left = Questions((questions[index] for index in indices), name=questions.name), iter(indices)
-            parts = item_parts(bound, own, answers[indices[0]], labelled=False)
-            for part in noticed(parts, own.name, bound.max_length):
+            parts = request_parts(bound, own, answers[indices[0]], labelled=False)
+            for part in warn_truncated_parts(parts, own.name, bound.max_length):
                 items.update({index: item for item, index in zip(part, left, strict=False)})
                 del part  # while the next one is made
                 if sum(len(item.choices) for item in items.values()) >= objective.TEXTS_AT_ONCE // 2:
@@ -249,7 +255,7 @@ class PromptModel:
             rank()
         return [found[index] for index in range(len(questions))]
 
-    def _run_items(self, items: Sequence[Item], learned: Learned) -> Tensor:
+    def _run_items(self, items: Sequence[ScoringRequest], learned: PromptBatch) -> Tensor:
         rows = [place for place, item in enumerate(items) for _ in item.inputs]
         return self._run(inputs_of(items), learned.take(rows))
 
@@ -344,7 +350,7 @@ class PromptModel:
         if self.backbone.kind in FILLS_MASKS:
             raise BackboneError("this model fills masks all at once, so there is nothing to stream; use predict")
         bound = prompt.bind(model.backbone, force=self.force)
-        row = OpenRow(bound, as_records([record])[0], longest_answer(settings, prompt))
+        row = GenerationInput(bound, as_records([record])[0], longest_answer(settings, prompt))
         pieces = stream_answer(model.backbone, row, prompt.learned(model.backbone), settings=settings)
         return _without_gradients(pieces)
 
@@ -354,10 +360,10 @@ class PromptModel:
         groups, learned = self._bind(prompts)
         bound = {index: one for one, indices in groups for index in indices}
         rows = [
-            OpenRow(bound[index], record, longest_answer(settings, prompt))
+            GenerationInput(bound[index], record, longest_answer(settings, prompt))
             for index, (record, prompt) in enumerate(zip(data, prompts, strict=True))
         ]
-        written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
+        written = generate_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
         return [
             Prediction(
                 row[0].text,
@@ -368,26 +374,26 @@ class PromptModel:
             for row in written
         ]
 
-    def _bind(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[TokenizedTemplate, list[int]]], Learned]:
+    def _bind(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[TokenizedTemplate, list[int]]], PromptBatch]:
         """Return each prompt's bound template with the rows that use it, and the vectors of all prompts."""
         groups = _by_prompt(prompts)
         number = {id(prompt): place for place, (prompt, _) in enumerate(groups)}
         bound = [(prompt.bind(self.backbone, force=self.force), indices) for prompt, indices in groups]
         brought = [prompt.learned(self.backbone) for prompt, _ in groups]
-        learned = Learned.join(brought, rows=[number[id(prompt)] for prompt in prompts])
+        learned = PromptBatch.join(brought, rows=[number[id(prompt)] for prompt in prompts])
         return bound, learned.to(self.backbone.device)
 
-    def _prefix(self, examples: Sequence[Example], learned: Learned) -> int:
+    def _prefix(self, examples: Sequence[Example], learned: PromptBatch) -> int:
         """Return the number of leading tokens that the rows share, which run once per batch; 0 with pads in front."""
-        return 0 if self.pad_side == "left" else prefix_tokens(self.backbone, examples, learned)
+        return 0 if self.pad_side == "left" else shared_prefix_tokens(self.backbone, examples, learned)
 
-    def _run(self, examples: Sequence[Example], learned: Learned) -> Tensor:
+    def _run(self, examples: Sequence[Example], learned: PromptBatch) -> Tensor:
         return target_logits(self.backbone, examples, learned, pad_side=self.pad_side)
 
 
 @torch.no_grad()
 def rank_classes(
-    items: Sequence[Item],
+    items: Sequence[ScoringRequest],
     names: Sequence[Sequence[str]],
     run: Callable[[Sequence[int]], Tensor],
     *,
@@ -407,9 +413,11 @@ def rank_classes(
     return found
 
 
-def classes_of(items: Sequence[Item], names: Sequence[Sequence[str]], logits: Tensor) -> list[list[Candidate]]:
+def classes_of(
+    items: Sequence[ScoringRequest], names: Sequence[Sequence[str]], logits: Tensor
+) -> list[list[Candidate]]:
     """Return the classes of items as :func:`rank_classes` does, from the (M, V) logits of their inputs."""
-    scores = torch.log_softmax(class_scores(items, score_choices(items, logits)), dim=-1).cpu()  # (I, K)
+    scores = torch.log_softmax(class_scores(items, score_continuations(items, logits)), dim=-1).cpu()  # (I, K)
     # An item with fewer classes than others of the batch has no names for those that it lacks.
     return [
         Candidate.ranked(own, values, item.collisions)

@@ -15,8 +15,7 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.deep import check_deep, deep_start
-from ptuning.engine.learned import Deep, Learned
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch, check_deep_params, initial_deep_params
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import Json, Unchecked
 from ptuning.prompt.backbone_id import BackboneId
@@ -81,7 +80,7 @@ class Prompt:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     merge: tuple[str, ...] = ()
-    deep: Deep | None = None
+    deep: DeepParams | None = None
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -169,7 +168,9 @@ class Prompt:
             vectors = backbone.embed(ids)[0].float().cpu()  # (P, E)
         deep = None
         if parsed.has_deep:
-            found = deep_start(backbone, bound.starting(slot_token_ids), generator=torch.Generator().manual_seed(0))
+            found = initial_deep_params(
+                backbone, bound.starting(slot_token_ids), generator=torch.Generator().manual_seed(0)
+            )
             deep = found[0] if found is not None else None
         return cls(parsed, vectors, BackboneId.of(backbone), method="tokens", deep=deep)
 
@@ -207,13 +208,13 @@ class Prompt:
                 "leave it out"
             )
 
-    def learned(self, backbone: Backbone) -> Learned:
+    def learned(self, backbone: Backbone) -> PromptBatch:
         """Return its slot vectors (P, E), and what its deep slots bring, as a pass of a backbone takes them; (0, E) for
         a manual prompt.
         """
         if self.slot_vectors is None:
-            return Learned.none(backbone.width)
-        return Learned.of(self.slot_vectors, self.deep)
+            return PromptBatch.none(backbone.width)
+        return PromptBatch.of(self.slot_vectors, self.deep)
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> TokenizedTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
@@ -250,7 +251,7 @@ class Prompt:
                 f"prompt has {self.slots} vectors"
             )
         if self.deep is not None:
-            check_deep(self.deep, bound, backbone)
+            check_deep_params(self.deep, bound, backbone)
         return bound
 
     def adapt(self, backbone: Backbone, *, force: bool = False) -> Backbone:

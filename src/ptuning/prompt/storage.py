@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.trained_weights import TrainedWeights
-from ptuning.engine.learned import Deep
+from ptuning.engine.soft_prompt import DeepParams
 from ptuning.errors import FileError, PromptError
 from ptuning.files import (
     Json,
@@ -84,7 +84,7 @@ class Stored:
     vectors: Tensor | None
     weights: TrainedWeights | None
     where: Path
-    deep: Deep | None = None
+    deep: DeepParams | None = None
 
 
 def write_prompt(
@@ -93,7 +93,7 @@ def write_prompt(
     *,
     vectors: Tensor | None,
     weights: TrainedWeights | None,
-    deep: Deep | None = None,
+    deep: DeepParams | None = None,
     overwrite: bool,
 ) -> None:
     """Write a prompt's folder; errors are those of :meth:`ptuning.prompt.prompt.Prompt.save`.
@@ -263,7 +263,7 @@ def _read_tensors(data: bytes, where: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _deep_tensors(deep: Deep) -> dict[str, Tensor]:
+def _deep_tensors(deep: DeepParams) -> dict[str, Tensor]:
     """Return what deep slots bring as a file holds it: tensors of their own for each layer, counted from 0."""
     found: dict[str, Tensor] = {}
     for layer, (keys, values) in enumerate(deep.block if deep.block is not None else ()):
@@ -274,7 +274,7 @@ def _deep_tensors(deep: Deep) -> dict[str, Tensor]:
     return {name: one.to(deep.dtype).contiguous() for name, one in found.items()}
 
 
-def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> Deep:
+def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> DeepParams:
     """Put what deep slots bring together from a file's tensors; a PromptError if it is not as the manifest says."""
     lead, layers = about.at("lead").whole(least=0), about.at("layers").whole(least=1)
     in_front, slots = about.at("block").whole(least=0), tuple(one.whole(least=0) for one in about.at("of").items())
@@ -305,7 +305,7 @@ def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> 
     )
     if wrong:
         raise PromptError(f"{where}: the vectors in the layers have another shape than {MANIFEST_FILE} says")
-    return Deep(block, lead, offsets, slots, dtype)
+    return DeepParams(block, lead, offsets, slots, dtype)
 
 
 def _metadata(manifest: Mapping[str, Json], where: str) -> list[str]:

@@ -18,7 +18,7 @@ from ptuning.backbone.placement.stored import stored_tensors
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes, whole_passes
-from ptuning.engine.objective import Item, inputs_of
+from ptuning.engine.objective import ScoringRequest, inputs_of
 from ptuning.engine.processes import processes
 from ptuning.errors import TrainingError
 from ptuning.files import Json
@@ -214,7 +214,7 @@ class _Trial:
         self.resident = taken_bytes(run.prepared.backbone.device)
         self.planned = 1 + len(self.steps) + 3
 
-    def _passes(self, items: Sequence[Item]) -> list[tuple[int, int]]:
+    def _passes(self, items: Sequence[ScoringRequest]) -> list[tuple[int, int]]:
         size = self.run.config.batch_size
         passes = [inputs_of(items[at : at + size]) for at in range(0, len(items), size)]
         return [(len(rows), max(len(row.token_ids) for row in rows)) for rows in passes]
@@ -250,7 +250,7 @@ class _Trial:
         if learner.weights:
             learner.backbone.thaw(learner.weights.values())
 
-        def take(items: Sequence[Item]) -> float:
+        def take(items: Sequence[ScoringRequest]) -> float:
             return timed(lambda: self._take(items))
 
         take(self.longest_step)
@@ -266,7 +266,7 @@ class _Trial:
             learner.backbone.freeze()
         return spent * _tokens(self.run.items["train"]) / tokens + self._anew("train")
 
-    def _take(self, items: Sequence[Item]) -> None:
+    def _take(self, items: Sequence[ScoringRequest]) -> None:
         (outcome,) = take_steps([Step(self.learner, items, number=0, epoch=1, rate=0.0)])
         if isinstance(outcome, TrainingError):
             raise outcome
@@ -345,5 +345,5 @@ def timed(work: Callable[[], object]) -> float:
     return clock() - began
 
 
-def _tokens(items: Sequence[Item]) -> int:
+def _tokens(items: Sequence[ScoringRequest]) -> int:
     return sum(len(row.token_ids) for row in inputs_of(items))

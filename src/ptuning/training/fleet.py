@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.memory import total_bytes
-from ptuning.engine.objective import Item
+from ptuning.engine.objective import ScoringRequest
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import this_writes, wait_for_all
 from ptuning.errors import ConfigError, FileError, PTuningError, TrainingError
@@ -43,8 +43,8 @@ class Member:
 
     name: str
     make: Callable[[PrefixCache], Trainer]
-    train: Sequence[Item]
-    dev: Sequence[Item]
+    train: Sequence[ScoringRequest]
+    dev: Sequence[ScoringRequest]
     epochs: int
 
 

@@ -21,10 +21,9 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.data.sources import Source
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import Item, cut_target, question_items
+from ptuning.engine.objective import ScoringRequest, build_requests, truncate_target, truncation_of, warn_truncated
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.engine.processes import processes
-from ptuning.engine.shortened import say_shortened, shortened
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.metrics.generation import TEXT_METRICS, check_metrics
 from ptuning.names import ALONG, LEARNED, MANUAL
@@ -70,7 +69,7 @@ class Prepared:
     answers: AnswerSpace
     task: TaskFile | None
     parts: Mapping[str, Questions]
-    items: Mapping[str, Sequence[Item]]
+    items: Mapping[str, Sequence[ScoringRequest]]
     fields: Mapping[str, str]
     merge: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -122,8 +121,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if shown is not None:
         shown.check_length(bound)
 
-    def items_of(questions: Questions) -> list[Item]:
-        items = question_items(bound, questions, answers, with_stop=config.train_eos, cut=True)
+    def items_of(questions: Questions) -> list[ScoringRequest]:
+        items = build_requests(bound, questions, answers, with_stop=config.train_eos, cut=True)
         if shown is None or not config.leave_one_out or ("dev" in parts and questions is parts["dev"]):
             return items
         return shown.leave_out(items, questions, bound)
@@ -133,7 +132,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
         if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
-            own = question_items(bound, dev, answers, with_stop=config.train_eos, cut=True)
+            own = build_requests(bound, dev, answers, with_stop=config.train_eos, cut=True)
             parts["dev"], items["dev"] = dev, own
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.distinguishable]
     if not (learned and any(item.distinguishable for item in items["dev"])):
@@ -148,7 +147,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if not answers.is_closed and backbone.kind not in FILLS_MASKS:
         items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
-        say_shortened([shortened(item) for item in made], parts[name].name, bound.max_length)
+        warn_truncated([truncation_of(item) for item in made], parts[name].name, bound.max_length)
     left_out = spec.checked.left_out if spec.checked is not None else ()
     merge, method = merges(spec.alias_label), spec.method or method_name(template, config.train_backbone)
     return Prepared(
@@ -195,7 +194,9 @@ class Shown:
                 f"row's {bound.max_length:,} (max_length, or what the model reads) is for them; {fewer}"
             )
 
-    def leave_out(self, items: Sequence[Item], questions: Questions, bound: TokenizedTemplate) -> list[Item]:
+    def leave_out(
+        self, items: Sequence[ScoringRequest], questions: Questions, bound: TokenizedTemplate
+    ) -> list[ScoringRequest]:
         """Return items of which those of a record that is among the examples do not read it there."""
         own = {tuple(sorted(one.items())): at for at, one in enumerate(self.records)}
         slots = bound.slots_of_lines(self.piece, self.lines)
@@ -405,7 +406,7 @@ def _check_choice(config: TrainConfig, answers: AnswerSpace, dev: Questions) -> 
     check_metrics([metric], dev.records)
 
 
-def _with_cut_targets(items: Sequence[Item], name: str, config: TrainConfig) -> list[Item]:
+def _with_cut_targets(items: Sequence[ScoringRequest], name: str, config: TrainConfig) -> list[ScoringRequest]:
     """Cut targets to learn that are longer than the setting says, and say how many."""
     lengths = sorted(item.choices[0].own_tokens for item in items)
     most = config.max_target_tokens or max(FEWEST_TARGET_TOKENS, lengths[math.ceil(MOST_TARGETS * len(lengths)) - 1])
@@ -417,12 +418,12 @@ def _with_cut_targets(items: Sequence[Item], name: str, config: TrainConfig) -> 
         "%d of %d targets of %s are longer than %d tokens (%s): their beginnings are learned, without an end",
         longer, len(items), name, most, how,
     )  # fmt: skip
-    return [cut_target(item, most) for item in items]
+    return [truncate_target(item, most) for item in items]
 
 
 def _set_aside(
-    questions: Questions, items: Sequence[Item], config: TrainConfig
-) -> tuple[dict[str, Questions], dict[str, list[Item]]]:
+    questions: Questions, items: Sequence[ScoringRequest], config: TrainConfig
+) -> tuple[dict[str, Questions], dict[str, list[ScoringRequest]]]:
     """Split off a development part. All records were read before the split, so that errors give the right number."""
     made = {id(one): item for one, item in zip(questions, items, strict=True)}
     kept, aside = split_questions(questions, fraction=config.dev_fraction, seed=config.seed)

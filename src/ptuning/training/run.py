@@ -17,12 +17,11 @@ from ptuning.data.checks import Labels, Merge
 from ptuning.data.sources import Source
 from ptuning.data.splits import draw_records
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.ceiling import measure_ceiling
-from ptuning.engine.evaluate import evaluate
-from ptuning.engine.learned import Deep, Learned
-from ptuning.engine.objective import STOP_WEIGHT, Item, stop_weight
+from ptuning.engine.evaluate import evaluate, measure_ceiling
+from ptuning.engine.objective import STOP_WEIGHT, ScoringRequest, stop_weight
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import this_writes, wait_for_all
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import (
@@ -38,7 +37,7 @@ from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import MORE_TOKENS, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import guessed, prediction_rows
-from ptuning.prompt.written import judging
+from ptuning.prompt.score_generation import epoch_metric
 from ptuning.provenance import described, versions
 from ptuning.statistics import Score, score
 from ptuning.template.language import Template
@@ -319,19 +318,19 @@ class TrainingRun:
         )
 
 
-def _saved_deep(deep: Deep | None, config: TrainConfig) -> Deep | None:
+def _saved_deep(deep: DeepParams | None, config: TrainConfig) -> DeepParams | None:
     """Return what deep slots bring in the number format of their file."""
     return deep if deep is None or config.deep_dtype == "float32" else deep.rounded(torch.bfloat16)
 
 
-def _judge(prepared: Prepared, learned_from: Sequence[Item]) -> Judge | None:
+def _judge(prepared: Prepared, learned_from: Sequence[ScoringRequest]) -> Judge | None:
     """Return what scores the texts that are written after an epoch; None if it is chosen by score or loss."""
     metric, seed = prepared.config.metric_for_best_model, prepared.config.seed
     if metric in (BY_SCORE, BY_LOSS):
         return None
     records = draw_records(prepared.parts["dev"].records, JUDGED_RECORDS, seed=seed)
     longest = max(choice.own_tokens for item in learned_from for choice in item.choices)
-    return judging(prepared.bound, records, metric, max_tokens=longest + MORE_TOKENS)
+    return epoch_metric(prepared.bound, records, metric, max_tokens=longest + MORE_TOKENS)
 
 
 def _recipe(prepared: Prepared) -> int:
@@ -442,7 +441,7 @@ def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: P
         return
     dev, items = prepared.parts["dev"], prepared.items["dev"]
     backbone = best.learner.backbone
-    found = evaluate(backbone, items, Learned.of(best.best_vectors, best.best_deep), cache=best.learner.cache)
+    found = evaluate(backbone, items, PromptBatch.of(best.best_vectors, best.best_deep), cache=best.learner.cache)
     # Labels and choices were chosen by scoring them. Other answers must be written.
     predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
     if ranks.writes:

@@ -19,12 +19,12 @@ from ptuning.backbone.randomness import own_draws, seed_draws
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import shared_tokens
-from ptuning.engine.learned import Deep, Learned
+from ptuning.engine.forward import shares_prefix, target_logits
 from ptuning.engine.memory import OutOfMemory, half
-from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices, score_parts
-from ptuning.engine.passes import runs_prefix_once, target_logits
+from ptuning.engine.objective import ScoringRequest, inputs_of, loss, loss_count, score_continuations, score_parts
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import DataRanks
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.training.encoders.encoder import make_encoders
@@ -81,7 +81,7 @@ class Learner:
         self.backbone = to_train(frozen, config)
         self.weights = trained_parameters(self.backbone, config.train_backbone)
         self.ranks = DataRanks.of(frozen)
-        self._made: dict[int, tuple[Learned, Learned]] = {}
+        self._made: dict[int, tuple[PromptBatch, PromptBatch]] = {}
         self.stacked: tuple[StackedEncoders, Tensor] | None = None
         self._fresh = functools.partial(make_encoders, frozen, bound, config, self.generator)
         self.encoder, self.deep_encoder = self._fresh()
@@ -139,17 +139,17 @@ class Learner:
             vectors: Tensor = self.encoder()  # (P, E)
         return vectors.detach().float().cpu().clone()
 
-    def deep(self) -> Deep | None:
+    def deep(self) -> DeepParams | None:
         """Return what the deep slots bring as it would be saved, on the CPU; None without any."""
         if self.deep_encoder is None:
             return None
         with torch.no_grad():
-            found: Deep = self.deep_encoder()
+            found: DeepParams = self.deep_encoder()
         return found.map(lambda tensor: tensor.detach().float().cpu().clone())
 
-    def learned(self) -> Learned:
+    def learned(self) -> PromptBatch:
         """Return what the prompt brings to a pass as it would be saved."""
-        return Learned.of(self.vectors(), self.deep())
+        return PromptBatch.of(self.vectors(), self.deep())
 
     def begin(self, rate: float) -> None:
         """Set the learning rates to this share of their peaks, and drop the gradients of the last step."""
@@ -160,14 +160,14 @@ class Learner:
         self.stacked = None
         self.optimizer.zero_grad(set_to_none=True)
 
-    def encoded(self, at: int) -> Learned:
+    def encoded(self, at: int) -> PromptBatch:
         """Return what the prompt brings to the passes of a batch, ``at`` in its step, with gradients. Of several
         processes each keeps them there, until :meth:`finish` has added them up.
         """
         if self.ranks.size > 1 and (kept := self._made.get(self._key(at))) is not None:
             return kept[1]
         vectors = self.encoder() if self.stacked is None else self.stacked[1]
-        found = Learned.of(vectors, self.deep_encoder() if self.deep_encoder is not None else None)
+        found = PromptBatch.of(vectors, self.deep_encoder() if self.deep_encoder is not None else None)
         if self.ranks.size == 1:
             return found
         self._made[self._key(at)] = found, found.apart()
@@ -224,7 +224,7 @@ class Step:
     """An optimizer step of one learner. ``number``, from 0, seeds its dropout; ``rate`` is a share of the peaks."""
 
     learner: Learner
-    items: Sequence[Item]
+    items: Sequence[ScoringRequest]
     number: int
     epoch: int
     rate: float
@@ -249,7 +249,7 @@ class Chunk:
     """
 
     step: Step
-    items: Sequence[Item]
+    items: Sequence[ScoringRequest]
     at: int
     behind: int = 0
 
@@ -297,13 +297,13 @@ class Chunk:
         return (len(self.examples) - 1) * shared_tokens(self.examples)
 
     @property
-    def runs_prefix_once(self) -> bool:
+    def shares_prefix(self) -> bool:
         """Whether its rows share a prefix that is computed once, so that rows of another prompt cannot join them."""
         rows = self.examples
         if self.learner.uses_prefix_cache or self.learner.bound.layout.begun:
             return False
         longest = max(len(row.token_ids) for row in rows)
-        return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)
+        return shares_prefix(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)
 
     @property
     def draws(self) -> bool:
@@ -311,7 +311,7 @@ class Chunk:
         config = self.learner.config
         return bool(config.dropout) or self.learner.recomputes or self.learner.backbone.model.training
 
-    def learned(self) -> Learned:
+    def learned(self) -> PromptBatch:
         """Return the slot vectors with gradients. Dropout is drawn from this pass's own seed; that of the encoder from
         its batch's, so that a batch that was cut has the same slot vectors in all parts.
         """
@@ -443,7 +443,7 @@ def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         return
     waiting: dict[bool, list[Chunk]] = {True: [], False: []}
     for chunk in chunks:
-        if chunk.runs_prefix_once and chunk.saved_tokens >= ALONE_TOKENS.get(
+        if chunk.shares_prefix and chunk.saved_tokens >= ALONE_TOKENS.get(
             chunk.learner.backbone.device.type, ALONE_TOKENS_ELSEWHERE
         ):
             yield [chunk]
@@ -481,7 +481,7 @@ def _run(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
 def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
     first = chunks[0].learner
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
-    learned = Learned.join(
+    learned = PromptBatch.join(
         [chunk.learned() for chunk in chunks], rows=[number for number, part in enumerate(rows) for _ in part]
     )
     with (
@@ -495,7 +495,7 @@ def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
     else:
         sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
         parts = zip(chunks, logits.split(sizes), strict=True)
-        scored = [score_choices(chunk.items, own) for chunk, own in parts]
+        scored = [score_continuations(chunk.items, own) for chunk, own in parts]
     found = {chunk: loss(chunk.items, own)[0] for chunk, own in zip(chunks, scored, strict=True)}
     means = [value / loss_count(chunk.step.items) for chunk, value in found.items()]
     torch.stack(means).sum().backward()

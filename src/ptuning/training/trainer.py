@@ -17,10 +17,10 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig
 from ptuning.engine.evaluate import Evaluation, evaluate
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item
+from ptuning.engine.objective import ScoringRequest
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import wait_for_all
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError, TrainingError, in_a_line
 from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
@@ -41,7 +41,7 @@ CHOICE_RULES = {
 }
 METRIC_RULE = "highest dev {}; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 # What a metric makes of texts that are written with a backbone and what was learned.
-Judge = Callable[[Backbone, Learned], float]
+Judge = Callable[[Backbone, PromptBatch], float]
 
 
 class Trainer:
@@ -87,8 +87,8 @@ class Trainer:
 
     def fit(
         self,
-        train: Sequence[Item],
-        dev: Sequence[Item],
+        train: Sequence[ScoringRequest],
+        dev: Sequence[ScoringRequest],
         *,
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -127,7 +127,7 @@ class Trainer:
         self.save()
         raise Interrupted(f"stopped in {self.place}")
 
-    def _progress(self, train: Sequence[Item]) -> Progress:
+    def _progress(self, train: Sequence[ScoringRequest]) -> Progress:
         state, epochs = self.state, self.config.epochs
         mean = state.epoch_loss_sum / state.epoch_loss_count
         done = (state.epoch - 1) * len(train) + state.position
@@ -141,8 +141,8 @@ class Trainer:
 
     def steps(
         self,
-        train: Sequence[Item],
-        dev: Sequence[Item],
+        train: Sequence[ScoringRequest],
+        dev: Sequence[ScoringRequest],
         *,
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -230,7 +230,7 @@ class Trainer:
         self.learner.backbone.freeze()
         self.learner.optimizer.state.clear()
 
-    def _epoch(self, train: Sequence[Item]) -> Iterator[Step]:
+    def _epoch(self, train: Sequence[ScoringRequest]) -> Iterator[Step]:
         state, config = self.state, self.config
         order = self.order(len(train), epoch=state.epoch)
         group_size = config.batch_size * config.accumulation_steps
@@ -264,7 +264,9 @@ class Trainer:
             "tokens_per_second": taken.tokens / taken.seconds if taken.seconds else 0.0,
         }
 
-    def evaluate(self, items: Sequence[Item], *, report: OnProgress | None = None, note: str = "") -> Evaluation:
+    def evaluate(
+        self, items: Sequence[ScoringRequest], *, report: OnProgress | None = None, note: str = ""
+    ) -> Evaluation:
         """Score items with the slot vectors as they are now."""
         return evaluate(
             self.learner.backbone,

@@ -21,8 +21,8 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights
 from ptuning.config import TrainConfig
 from ptuning.engine.batch import collate
-from ptuning.engine.learned import Learned
-from ptuning.engine.passes import inject, run_embeddings
+from ptuning.engine.forward import embed_inputs, forward_embeddings
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.training import step as steps
@@ -267,13 +267,13 @@ def over_two_devices(here: str, there: str) -> None:
             add_hook_to_module(model.get_submodule(name), AlignDevicesHook(place))
         backbone.__dict__.pop("shares_prefix", None)
         vectors = torch.zeros(1, backbone.width, requires_grad=True)
-        batch = collate(items[0].inputs, Learned.of(vectors, None))
+        batch = collate(items[0].inputs, PromptBatch.of(vectors, None))
         # Where the one slot stands is read as a number, which only a constant on the processor has.
         none = batch.token_ids[:0, 0]
         moved = replace(batch, slot_rows=none, slot_cols=none, slot_index=none).to(backbone.device)
         batch = replace(moved, slot_rows=batch.slot_rows, slot_cols=batch.slot_cols, slot_index=batch.slot_index)
-        embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
-        logits, _ = run_embeddings(backbone, embeddings, batch)
+        embeddings = embed_inputs(backbone.embed(batch.token_ids), vectors, batch)
+        logits, _ = forward_embeddings(backbone, embeddings, batch)
         logits.logsumexp(dim=-1).sum().backward()
     assert {str(device) for device in devices_of(model)} == {here, there}
     assert not backbone.shares_prefix

@@ -15,9 +15,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.reading import load_records
-from ptuning.engine import shortened
+from ptuning.engine import objective
 from ptuning.files import Json
-from ptuning.prompt import answer, written
+from ptuning.prompt import score, score_generation
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from tests.cli.test_app import call, fails, works, write_lines
@@ -31,7 +31,7 @@ ROWS: list[dict[str, object]] = [
 
 @pytest.fixture(autouse=True)
 def _data(tmp_path: Path, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "WRITTEN_ROWS", 2)
+    monkeypatch.setattr(score, "WRITTEN_ROWS", 2)
     write_lines(tmp_path / "rows.jsonl", ROWS)
 
 
@@ -97,7 +97,7 @@ def test_what_is_cut_is_said_wherever_a_prompt_is_used(llama: str, caplog: pytes
     assert "longer than the 64 tokens of a row allow beside an answer of 5" in caplog.text
     for more in ((), ("--labels", "good=good;bad=bad"), ("--metrics", "exact")):
         caplog.clear()
-        shortened._say_shortened.cache_clear()
+        objective._warn_truncated.cache_clear()
         works("eval", "manual:{x} is cut [Y]", *args, *more)
         assert "1 of 2 rows of long.jsonl are longer than 64 tokens" in caplog.text
 
@@ -212,7 +212,7 @@ def test_the_settings_and_the_model_are_part_of_what_a_run_is(llama: str, model_
     prompt, rows, loaded = Prompt.manual("{x} [Y]"), as_questions([{"x": "a"}]), _loaded(llama)
 
     def of(backbone: Backbone, rows: Questions = rows, **settings: int) -> dict[str, Json]:
-        return written.identity_of_texts(prompt, rows, GenerationSettings(**settings), backbone)  # type: ignore[arg-type]
+        return score_generation.generation_identity(prompt, rows, GenerationSettings(**settings), backbone)  # type: ignore[arg-type]
 
     first = of(loaded)
     assert first == of(_loaded(llama))
@@ -227,6 +227,6 @@ def test_what_deep_slots_learned_is_part_of_what_a_run_is(llama: str) -> None:
     rows = as_questions([{"x": "a"}])
     prompts = [Prompt.from_token_ids("[D*2] [X] is [Y]", ids, _loaded(llama)) for ids in ([5, 6], [5, 7], [5, 6])]
     one, other, same = (
-        written.identity_of_texts(prompt, rows, GenerationSettings(), _loaded(llama)) for prompt in prompts
+        score_generation.generation_identity(prompt, rows, GenerationSettings(), _loaded(llama)) for prompt in prompts
     )
     assert one == same != other

@@ -16,13 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question, Questions
-from ptuning.engine.objective import candidate_item, question_items
+from ptuning.engine.objective import build_requests, candidate_request
 from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine import beginnings, scheduler
 from ptuning.serve.engine import engine as engine_module
+from ptuning.serve.engine import prefix_cache as beginnings
+from ptuning.serve.engine import scheduler
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import (
     Answering,
@@ -248,8 +249,8 @@ def test_usage_is_what_is_read(backbone: Backbone, serve: Callable[..., Engine])
     written, labels, candidates, several = (one.usage.prompt_tokens for one in found)
     bound = prompts[1].bind(backbone)
     (examples,) = bound.answers([record], [CANDIDATES])
-    assert candidates == candidate_item(examples).tokens
-    items = question_items(bound, Questions([Question(record)]), prompts[1].answer_space, labelled=False)
+    assert candidates == candidate_request(examples).tokens
+    items = build_requests(bound, Questions([Question(record)]), prompts[1].answer_space, labelled=False)
     assert labels == items[0].tokens
     assert written == several
     assert engine.status.prompt_tokens == sum(one.usage.prompt_tokens for one in found)
@@ -473,7 +474,7 @@ def test_many_prompts_on_one_text_read_it_once(
     text = len(causal.tokenizer.prefix_ids) + len(causal.tokenizer.encode([question.record["x"]])[0])
     inputs = 0
     for prompt in prompts:
-        items = question_items(prompt.bind(causal), Questions([question]), prompt.answer_space, labelled=False)
+        items = build_requests(prompt.bind(causal), Questions([question]), prompt.answer_space, labelled=False)
         inputs += len(items[0].inputs)
     for turn in (1, 2):
         found = engine.ask([PromptRow(prompt, question) for prompt in prompts])

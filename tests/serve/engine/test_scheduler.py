@@ -17,7 +17,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine import scheduler
 from ptuning.serve.engine.engine import Collected, Engine
 from ptuning.serve.engine.job import Answering, CancelledError, Job, Outcome, PromptRow, Token
-from ptuning.serve.engine.writing import Writing
+from ptuning.serve.engine.scheduler import RunningBatch
 from tests.conftest import learned
 from tests.serve.engine.test_engine import LABELS
 
@@ -122,13 +122,13 @@ def test_answers_that_find_no_line_wait_and_others_go_first(causal: Backbone, mo
     """Never more lines than fit into memory; what waits for a line counts as waiting, and loses its place to none."""
     monkeypatch.setattr(scheduler, "MAX_LINES", 2)
     lines: list[int] = []
-    step = Writing.step
+    step = RunningBatch.step
 
-    def noted(self: Writing) -> None:
+    def noted(self: RunningBatch) -> None:
         lines.append(len(self))
         step(self)
 
-    monkeypatch.setattr(Writing, "step", noted)
+    monkeypatch.setattr(RunningBatch, "step", noted)
     with started(causal) as engine:
         with held(engine):
             written = [submit(engine, [writing(causal)], Steps(1)) for _ in range(5)]

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptuning.serve.engine import waiting
+from ptuning.serve.engine import queue as waiting
 from ptuning.serve.engine.engine import Collected
 from ptuning.serve.engine.job import CallRow, Job, TextRow
-from ptuning.serve.engine.waiting import Queue, Tally
+from ptuning.serve.engine.queue import RowCounts, RowQueue
 
 
 def test_first_come_first_served_and_a_large_request_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small request stands behind the first rows of a large one, a late one behind all; a call before all."""
-    queue, clock = Queue(Tally()), [0.0]
+    queue, clock = RowQueue(RowCounts()), [0.0]
     monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     large, small, late = (Job([TextRow("a")] * rows, Collected(rows)) for rows in (4, 1, 1))
     for at, job in ((0.0, large), (0.03, small), (0.5, late)):
@@ -31,7 +31,7 @@ def test_first_come_first_served_and_a_large_request_makes_way(monkeypatch: pyte
 
 
 def test_cancelled_rows_are_taken_out_and_the_others_keep_their_order() -> None:
-    queue = Queue(Tally())
+    queue = RowQueue(RowCounts())
     stays, goes = (Job([TextRow("a")] * 2, Collected(2)) for _ in range(2))
     for job in (goes, stays):
         queue.put(job)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
-from ptuning.engine.learned import Deep
+from ptuning.engine.soft_prompt import DeepParams
 from ptuning.training.encoders.encoder import (
     MAX_ENCODER_WIDTH,
     MOVED_BY_A_STEP,
@@ -270,7 +270,7 @@ def test_a_step_is_as_long_for_every_width_with_a_network_and_without(width: int
 @pytest.mark.parametrize("width", [4, 64, 1024])
 def test_a_step_moves_deep_slots_by_about_the_learning_rate(width: int, kind: DeepEncoderKind) -> None:
     """In shares of what tokens measure, with a network or without, for every width: one rate serves all kinds."""
-    start = Deep(None, 0, torch.zeros(3, 2, width), (0, 1, 2))
+    start = DeepParams(None, 0, torch.zeros(3, 2, width), (0, 1, 2))
     reach = {"offsets": torch.tensor([1.0, 50.0])}
     generator = torch.Generator().manual_seed(0)
     encoder = DeepEncoder(start, reach=reach, kind=kind, values_only=False, generator=generator)

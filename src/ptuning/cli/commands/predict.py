@@ -36,7 +36,7 @@ from ptuning.template.segments import FILLS_MASKS
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
-    from ptuning.prompt.asked import ToAnswer
+    from ptuning.prompt.inputs import InferenceInputs
     from ptuning.prompt.prediction import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
@@ -47,7 +47,7 @@ PREDICTED_ROWS = 64
 SHOWN_WARNINGS = 5
 
 Answer = Callable[["Questions"], "list[Prediction]"]
-Show = Callable[["ToAnswer"], str]  # prints answers, and returns the last one
+Show = Callable[["InferenceInputs"], str]  # prints answers, and returns the last one
 
 
 @options.takes(generation=options.generation_options, backbone=options.backbone_options)
@@ -162,10 +162,10 @@ def _write_lines(
     force: bool,
 ) -> None:
     """Generate a text for each record, one line each, kept as they are finished."""
-    from ptuning.prompt.answer import check_writes, written_parts
-    from ptuning.prompt.written import identity_of_texts, text_row
+    from ptuning.prompt.score import check_generates, generate_parts
+    from ptuning.prompt.score_generation import generation_identity, text_row
 
-    check_writes(prompt)
+    check_generates(prompt)
     if resume and is_finished(out):
         _check_finished(out, questions)
         terminal.say(f"{out} is finished already; --overwrite generates it anew")
@@ -173,13 +173,13 @@ def _write_lines(
     loaded = load(backbone, prompt=prompt)
     from ptuning.prompt.predict import PromptModel
 
-    identity = identity_of_texts(prompt, questions, generation, loaded)
+    identity = generation_identity(prompt, questions, generation, loaded)
     with kept_lines(out, identity, resume=resume, overwrite=overwrite) as kept:
         if kept.done:
             terminal.say(f"{kept.done} of {len(questions)} texts are there already")
         with stoppable(out, again="--resume", kept=kept.path) as (report, should_stop):
             model, done = PromptModel(loaded, force=force), kept.done
-            for part in written_parts(model, questions, prompt, settings=generation, done=done, report=report):
+            for part in generate_parts(model, questions, prompt, settings=generation, done=done, report=report):
                 records = [question.record for question in questions[done : done + len(part)]]
                 kept.write([text_row(record, text) for record, text in zip(records, part, strict=True)])
                 done += len(part)
@@ -235,10 +235,10 @@ def _check_output(
 
 def _given(
     prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None, *, out: Path | None
-) -> ToAnswer | None:
+) -> InferenceInputs | None:
     """Read what to answer, and warn of records without a text; None if it will be typed."""
     if text is None and data is None and terminal.is_interactive():
-        from ptuning.prompt.asked import typed_fields
+        from ptuning.prompt.inputs import typed_fields
 
         if out is not None:
             raise ConfigError("--out is for answers to --data (a file, or - for the standard input)")
@@ -261,7 +261,7 @@ def _given(
 def _streamed(pieces: Callable[[Record], Iterator[str]]) -> Show:
     """Return what prints answers piece by piece."""
 
-    def show(asked: ToAnswer) -> str:
+    def show(asked: InferenceInputs) -> str:
         told: list[str] = []
         for record in asked.questions.records:
             told.clear()
@@ -277,7 +277,7 @@ def _streamed(pieces: Callable[[Record], Iterator[str]]) -> Show:
 def _shown(answer: Answer, out: Path | None, *, as_json: bool, min_probability: float | None) -> Show:
     """Return what prints or writes answers as they are made, and says how many were held back."""
 
-    def show(asked: ToAnswer) -> str:
+    def show(asked: InferenceInputs) -> str:
         total, (held, last) = len(asked.questions), _answer_all(asked, answer, out, as_json=as_json)
         if out is not None:
             terminal.say(f"{total} answer{'s' * (total != 1)} written to {out}")
@@ -288,7 +288,7 @@ def _shown(answer: Answer, out: Path | None, *, as_json: bool, min_probability: 
     return show
 
 
-def _answer_all(asked: ToAnswer, answer: Answer, out: Path | None, *, as_json: bool) -> tuple[int, str]:
+def _answer_all(asked: InferenceInputs, answer: Answer, out: Path | None, *, as_json: bool) -> tuple[int, str]:
     """Print or write answers as they are made, and return how many were held back, and the last one. A bar would stand
     between them.
     """
@@ -318,7 +318,7 @@ def _converse(prompt: Prompt, reply: Show) -> None:
     """Answer what is typed until an empty line or the end of the input. An error ends nothing. A chat goes on: what
     was said before is read as well.
     """
-    from ptuning.prompt.asked import ToAnswer, typed_fields
+    from ptuning.prompt.inputs import InferenceInputs, typed_fields
     from ptuning.template.messages import ASSISTANT, ChatMessage, read_messages
 
     fields, said = typed_fields(prompt), list[ChatMessage]()
@@ -328,7 +328,7 @@ def _converse(prompt: Prompt, reply: Show) -> None:
     try:
         for texts in _typed(fields):
             try:
-                asked = ToAnswer.typed(prompt, texts, where="the text", before=said)
+                asked = InferenceInputs.typed(prompt, texts, where="the text", before=said)
                 answer = reply(asked)
                 if prompt.template.has_conversation and answer:
                     turns = read_messages(asked.questions[0].record[CONVERSATION_FIELD])

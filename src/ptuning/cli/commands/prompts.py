@@ -96,9 +96,9 @@ def evaluate(
     )
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     if named:
-        from ptuning.prompt.written import check_written
+        from ptuning.prompt.score_generation import check_generation
 
-        check_written(chosen, rows, named)
+        check_generation(chosen, rows, named)
     loaded = load(backbone, prompt=chosen)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, num_beams=num_beams or 1)
     if not named:
@@ -144,12 +144,12 @@ def _scored(
     """Score a prompt: the texts that it writes by ``metrics``, if some are asked of texts, else its answers."""
     from ptuning.prompt.predict import PromptModel
     from ptuning.prompt.score import score_prompt
-    from ptuning.prompt.written import score_written
+    from ptuning.prompt.score_generation import score_generation
 
     with terminal.bar() as report:
         model = PromptModel(backbone, force=force)
         if metrics:
-            return score_written(model, rows, prompt, metrics, settings=settings, report=report)
+            return score_generation(model, rows, prompt, metrics, settings=settings, report=report)
         return score_prompt(model, rows, prompt, report=report, **how)
 
 

@@ -14,13 +14,12 @@ import torch
 from ptuning.errors import RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.serve import CACHE_MEMORY, QUEUE_ROWS
-from ptuning.serve.engine.beginnings import Beginnings
-from ptuning.serve.engine.filling import Filling
+from ptuning.serve.engine.batching import BatchRunner
 from ptuning.serve.engine.job import CallRow, Job, Outcome, QueueFullError, Row, StoppedError, Token
-from ptuning.serve.engine.passes import Passes
-from ptuning.serve.engine.scheduler import Scheduler
-from ptuning.serve.engine.waiting import Queue, Tally, Waiting
-from ptuning.serve.engine.writing import Writing
+from ptuning.serve.engine.prefix_cache import PrefixCache
+from ptuning.serve.engine.preprocess import Preprocessor
+from ptuning.serve.engine.queue import QueuedRow, RowCounts, RowQueue
+from ptuning.serve.engine.scheduler import RunningBatch, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +71,8 @@ class Engine:
     def __init__(self, model: PromptModel, *, queue_rows: int = QUEUE_ROWS, cache_memory: float = CACHE_MEMORY) -> None:
         self.model = model
         self.queue_rows = queue_rows
-        self._tally = Tally()
-        self._queue = Queue(self._tally)
+        self._tally = RowCounts()
+        self._queue = RowQueue(self._tally)
         self._changed = threading.Condition()  # guards what follows, and the queue
         self._closed = self._stopped = False
         self.has_failed = False
@@ -81,10 +80,10 @@ class Engine:
         self._row_seconds = FIRST_ROW_SECONDS
         self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ptuning-engine", daemon=True)
-        self._kept = Beginnings(model.backbone, memory_share=cache_memory)
-        self._passes = Passes(model.backbone, self._kept)
-        self._writing = Writing(self._passes)
-        self._scheduler = Scheduler(model, Filling(model), self._passes, self._writing)
+        self._kept = PrefixCache(model.backbone, memory_share=cache_memory)
+        self._passes = BatchRunner(model.backbone, self._kept)
+        self._writing = RunningBatch(self._passes)
+        self._scheduler = Scheduler(model, Preprocessor(model), self._passes, self._writing)
 
     @property
     def status(self) -> EngineStatus:
@@ -179,7 +178,7 @@ class Engine:
         """Whether the thread lives, and is not stuck with rows that wait."""
         return self._thread.is_alive() and (not self._unanswered or time.monotonic() - self._ticked < HUNG_SECONDS)
 
-    def _take(self) -> Waiting | None:
+    def _take(self) -> QueuedRow | None:
         with self._changed:
             return self._queue.take()
 

@@ -20,7 +20,7 @@ from ptuning.data.questions import Question
 from ptuning.data.reading import RawRows
 from ptuning.errors import PTuningError, RecordError
 from ptuning.files import sha256
-from ptuning.prompt.asked import ToAnswer, typed_fields
+from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.provenance import VERSION
@@ -286,7 +286,7 @@ def _typed_question(prompt: Prompt, text: str, *, param: str) -> Question:
     if len(names) != 1:
         listed = ", ".join(names) or "none"
         raise invalid(param, f"a text fills one field, and the prompt reads {listed}; give 'fields', an object with it")
-    return ToAnswer.typed(prompt, {names[0]: text}, where=param).questions[0]
+    return InferenceInputs.typed(prompt, {names[0]: text}, where=param).questions[0]
 
 
 def _row_questions(prompt: Prompt, row: object, *, where: str) -> list[Question]:
@@ -297,7 +297,7 @@ def _row_questions(prompt: Prompt, row: object, *, where: str) -> list[Question]
         raise RecordError(f"{where}: a record is an object with named fields, or a text for the one open field")
     digest = sha256(json.dumps(row, sort_keys=True).encode())
     raw = RawRows([(where, row)], name=where, digest=digest, format="json", columns=list(row))
-    questions = list(ToAnswer.of(prompt, raw).questions)
+    questions = list(InferenceInputs.of(prompt, raw).questions)
     if not questions:
         raise RecordError(f"{where} holds no rows of the prompt's task")
     return questions

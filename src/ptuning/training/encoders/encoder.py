@@ -11,8 +11,7 @@ from torch.nn import functional
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.randomness import own_draws
 from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart, TrainConfig
-from ptuning.engine.deep import deep_start
-from ptuning.engine.learned import Deep
+from ptuning.engine.soft_prompt import DeepParams, initial_deep_params
 from ptuning.template.encode import TokenizedTemplate
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
@@ -159,7 +158,7 @@ class DeepEncoder(nn.Module):
 
     def __init__(
         self,
-        start: Deep,
+        start: DeepParams,
         *,
         reach: Mapping[str, Tensor],
         kind: DeepEncoderKind,
@@ -204,7 +203,7 @@ class DeepEncoder(nn.Module):
     block_start: Tensor
     offsets_start: Tensor
 
-    def forward(self) -> Deep:
+    def forward(self) -> DeepParams:
         """Return what the deep slots bring now."""
         found: dict[str, Tensor] = {}
         for name, start in self._parts().items():
@@ -212,7 +211,7 @@ class DeepEncoder(nn.Module):
         block = found.get("block")
         if block is not None:
             block = torch.cat([self.block_start[: self.lead], block]).permute(1, 2, 3, 0, 4)  # (L, 2, K, C, D)
-        return Deep(block, self.lead, found.get("offsets"), self.slots)
+        return DeepParams(block, self.lead, found.get("offsets"), self.slots)
 
     def _moved(self, name: str) -> Tensor:
         if self.kind == "none":
@@ -261,7 +260,7 @@ def _make_encoder(
 def _make_deep_encoder(
     frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> DeepEncoder | None:
-    found = deep_start(frozen, bound, generator=generator("deep slots"), random=config.deep_start == "random")
+    found = initial_deep_params(frozen, bound, generator=generator("deep slots"), random=config.deep_start == "random")
     if found is None:
         return None
     start, reach = found

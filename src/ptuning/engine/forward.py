@@ -1,4 +1,4 @@
-"""One forward pass: rows, and what their prompts learned -> logits at the scored positions. The one injection site."""
+"""Forward passes: rows with the learned parameters of their prompts -> logits at the scored positions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.backbone.layers import LayerOffsets
 from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens, unread_of_blocks
-from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
-from ptuning.engine.prefix_cache import Past, PrefixCache, row_behind
+from ptuning.engine.prefix_cache import PastKeyValues, PrefixCache, drop_prefix
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError
 from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
@@ -24,7 +24,7 @@ from ptuning.template.segments import Ids
 MIN_SAVED_TOKENS = 48
 
 
-def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
+def embed_inputs(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
     """Write the (P, E) slot vectors into a copy of the (B, T, E) embeddings, in their dtype. Nothing else does that.
     Raises PromptError if the batch needs more vectors than there are.
     """
@@ -38,7 +38,7 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
     return embeddings.index_put((batch.slot_rows, batch.slot_cols), chosen)
 
 
-def layer_offsets(batch: Batch, learned: Learned) -> LayerOffsets | None:
+def layer_offsets(batch: Batch, learned: PromptBatch) -> LayerOffsets | None:
     """Return what the deep slots of a batch add to the inputs of layers; None if there are none."""
     found = learned.offsets()
     if found is None:
@@ -49,19 +49,19 @@ def layer_offsets(batch: Batch, learned: Learned) -> LayerOffsets | None:
     return LayerOffsets(batch.slot_rows[deep], batch.slot_cols[deep], table[numbers[deep].to(table.device)])
 
 
-def block_past(
-    learned: Learned, rows: int, unread: Sequence[Ids] = (), *, dtype: torch.dtype | None = None
-) -> Past | None:
+def prefix_past(
+    learned: PromptBatch, rows: int, unread: Sequence[Ids] = (), *, dtype: torch.dtype | None = None
+) -> PastKeyValues | None:
     """Return the keys and values that prompts bring in front of B rows, of which each does not read some; None if they
     bring none.
     """
     own = learned.blocks(rows) if learned.has_blocks else []
     parts = {one[0]: one[1].to(dtype) for one in own if one is not None}
-    return Past.of(parts, [-1 if one is None else one[0] for one in own]).hiding(unread) if parts else None
+    return PastKeyValues.of(parts, [-1 if one is None else one[0] for one in own]).hiding(unread) if parts else None
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardOutput:
     """A forward pass: the rows as they were run, their embeddings (B, T, E) with slot vectors, and (N, V) logits.
     ``offsets`` is what their deep slots add to the inputs of layers.
     ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one; ``mask`` says
@@ -79,19 +79,19 @@ class Pass:
 def target_logits(
     backbone: Backbone,
     examples: Sequence[Example],
-    learned: Learned,
+    learned: PromptBatch,
     *,
     cache: PrefixCache | None = None,
     pad_side: Side = "right",
 ) -> Tensor:
-    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row.
+    """Run rows as :func:`forward` does; return the logits that score their targets, (N, V) float32, row by row.
     Rows that may not share a pass (:meth:`ptuning.backbone.backbone.Backbone.side`) run in several, and so do rows for
     which the memory of the device is too small, without gradients.
     """
 
     def run(part: Sequence[int]) -> Tensor:
         rows = [examples[index] for index in part]
-        return run_pass(backbone, rows, learned.take(part), cache=cache, pad_side=pad_side).logits
+        return forward(backbone, rows, learned.take(part), cache=cache, pad_side=pad_side).logits
 
     return logits_in_parts(backbone, examples, run)
 
@@ -120,15 +120,15 @@ def logits_in_parts(backbone: Backbone, examples: Sequence[Example], run: Callab
     return torch.cat([parts[index] for index in range(len(examples))])
 
 
-def run_pass(
+def forward(
     backbone: Backbone,
     examples: Sequence[Example],
-    learned: Learned,
+    learned: PromptBatch,
     *,
     cache: PrefixCache | None = None,
     pad_side: Side = "right",
     keep: bool = False,
-) -> Pass:
+) -> ForwardOutput:
     """Run rows of one side through the backbone with what their prompts bring: every pass of this package is made here.
 
     Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share runs
@@ -143,25 +143,25 @@ def run_pass(
             for row, block in enumerate(learned.blocks(len(examples))):
                 if block is not None:
                     names[row], parts[block[0]] = block[0], block[1].to(backbone.dtype)
-            past = Past.of(parts, names).hiding(unread_of_blocks(examples))
-            examples = [row_behind(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
-    return run_batch(backbone, collate(examples, learned, pad_side=pad_side), learned, past=past, keep=keep)
+            past = PastKeyValues.of(parts, names).hiding(unread_of_blocks(examples))
+            examples = [drop_prefix(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
+    return forward_batch(backbone, collate(examples, learned, pad_side=pad_side), learned, past=past, keep=keep)
 
 
-def run_batch(
-    backbone: Backbone, batch: Batch, learned: Learned, *, past: Past | None = None, keep: bool = False
-) -> Pass:
-    """Run rows that are padded already; ``past`` and ``keep`` as for :func:`run_embeddings`."""
+def forward_batch(
+    backbone: Backbone, batch: Batch, learned: PromptBatch, *, past: PastKeyValues | None = None, keep: bool = False
+) -> ForwardOutput:
+    """Run rows that are padded already; ``past`` and ``keep`` as for :func:`forward_embeddings`."""
     batch = batch.to(backbone.device)
     if past is None:
-        past = block_past(learned, len(batch.counts), batch.unread, dtype=backbone.dtype)
-    embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
+        past = prefix_past(learned, len(batch.counts), batch.unread, dtype=backbone.dtype)
+    embeddings = embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch)
     offsets = layer_offsets(batch, learned)
-    logits, memory = run_embeddings(backbone, embeddings, batch, past=past, keep=keep, offsets=offsets)
-    return Pass(batch, embeddings, logits, memory, _behind(past, batch.mask), offsets)
+    logits, memory = forward_embeddings(backbone, embeddings, batch, past=past, keep=keep, offsets=offsets)
+    return ForwardOutput(batch, embeddings, logits, memory, _mask_with_past(past, batch.mask), offsets)
 
 
-def _behind(past: Past | None, mask: Tensor) -> Tensor:
+def _mask_with_past(past: PastKeyValues | None, mask: Tensor) -> Tensor:
     """Return the mask of rows, (B, T) or (B, 1, T, T), behind what was read before: (B, C + T) or (B, 1, T, C + T)."""
     if past is None:
         return mask
@@ -170,13 +170,13 @@ def _behind(past: Past | None, mask: Tensor) -> Tensor:
     return torch.cat([past.mask[:, None, None].expand(-1, 1, mask.shape[2], -1).bool(), mask], dim=3)
 
 
-def run_behind(backbone: Backbone, same: Sequence[Batch], learned: Learned) -> Iterator[Tensor]:
+def forward_after_context(backbone: Backbone, same: Sequence[Batch], learned: PromptBatch) -> Iterator[Tensor]:
     """Run batches of one row each that begin alike, what they share once, and yield the logits of each, (N, V)."""
-    past = block_past(learned, 1, dtype=backbone.dtype)
+    past = prefix_past(learned, 1, dtype=backbone.dtype)
     shared, layers = min(batch.shared_tokens for batch in same), None
     for one in same:
         batch = replace(one, shared_tokens=shared).to(backbone.device)
-        embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
+        embeddings = embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch)
         offsets = layer_offsets(batch, learned)
         if layers is None and shared:
             layers = backbone.run_prefix(
@@ -186,15 +186,15 @@ def run_behind(backbone: Backbone, same: Sequence[Batch], learned: Learned) -> I
                 offsets=None if offsets is None else offsets.between(0, shared),
             ).layers
         memory = None if layers is None else Memory.of(layers)
-        yield run_embeddings(backbone, embeddings, batch, prefix=memory, past=past, offsets=offsets)[0]
+        yield forward_embeddings(backbone, embeddings, batch, prefix=memory, past=past, offsets=offsets)[0]
 
 
-def run_embeddings(
+def forward_embeddings(
     backbone: Backbone,
     embeddings: Tensor,
     batch: Batch,
     *,
-    past: Past | None = None,
+    past: PastKeyValues | None = None,
     prefix: Memory | None = None,
     keep: bool = False,
     offsets: LayerOffsets | None = None,
@@ -206,10 +206,10 @@ def run_embeddings(
     rows, shared, memory, mask, positions = len(batch.counts), 0, prefix, batch.mask, batch.positions
     if past is not None:
         memory = Memory.of(past.layers)
-        mask, positions = _behind(past, mask), positions + past.tokens
+        mask, positions = _mask_with_past(past, mask), positions + past.tokens
     elif prefix is not None:
         shared = batch.shared_tokens
-    elif not keep and runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens, longest=embeddings.shape[1]):
+    elif not keep and shares_prefix(backbone, rows=rows, shared=batch.shared_tokens, longest=embeddings.shape[1]):
         shared = batch.shared_tokens
         memory = backbone.run_prefix(
             embeddings[:1, :shared],
@@ -230,7 +230,7 @@ def run_embeddings(
     )
 
 
-def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int, longest: int) -> bool:
+def shares_prefix(backbone: Backbone, *, rows: int, shared: int, longest: int) -> bool:
     """Whether the ``shared`` tokens that rows of up to ``longest`` begin with run in one row: if the backbone allows
     it, and it pays.
     """
@@ -239,8 +239,54 @@ def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int, longest: int
     return saves and not backbone.model.training and backbone.shares_prefix
 
 
-def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Learned | None = None) -> int:
+def shared_prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: PromptBatch | None = None) -> int:
     """Count the leading tokens that all rows share and a pass would run once (for ``batches``)."""
     shared = shared_tokens(examples, learned)
     keeps_side = all(backbone.side(shared) == backbone.side(len(example.token_ids)) for example in examples)
     return shared if shared and keeps_side and backbone.shares_prefix else 0
+
+
+def forward_packed(
+    backbone: Backbone, examples: Sequence[Example], learned: PromptBatch, beginning: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Run what is left of B rows behind a beginning that they share, for a backbone that
+    :attr:`~ptuning.backbone.backbone.Backbone.branches`.
+
+    ``beginning`` has the keys and values of its C tokens, (1, H, C, D) each for every layer, which are not copied for
+    each row. Returns the logits at the scored positions, (N, V) float32, row by row.
+    """
+    begun = beginning[0][0].shape[2]
+    batch = _packed(collate(examples, learned), begun).to(backbone.device)
+    logits, _ = backbone.run(
+        embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch),
+        mask=batch.mask,
+        positions=batch.positions,
+        rows=batch.logit_rows,
+        cols=batch.logit_cols,
+        memory=Memory.of(beginning),
+        offsets=layer_offsets(batch, learned),
+    )
+    return logits
+
+
+def _packed(batch: Batch, begun: int) -> Batch:
+    """Return a batch's rows as one row of T tokens behind C others: each token reads these and those before it in its
+    own row; the mask is (1, 1, T, C + T) bool.
+    """
+    is_token = batch.mask.bool()  # (B, T of the longest)
+    lengths = is_token.sum(dim=1)
+    starts = lengths.cumsum(0) - lengths  # (B,)
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)  # (T,)
+    own = (owner[:, None] == owner[None]).tril()  # (T, T)
+    mask = torch.cat([torch.ones(len(owner), begun, dtype=torch.bool), own], dim=1)
+    return Batch(
+        token_ids=batch.token_ids[is_token][None],
+        mask=mask[None, None],
+        positions=(batch.positions[is_token] + begun)[None],
+        slot_rows=torch.zeros_like(batch.slot_rows),
+        slot_cols=batch.slot_cols + starts[batch.slot_rows],
+        slot_index=batch.slot_index,
+        logit_rows=torch.zeros_like(batch.logit_rows),
+        logit_cols=batch.logit_cols + starts[batch.logit_rows],
+        counts=(sum(batch.counts),),
+    )

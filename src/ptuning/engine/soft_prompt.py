@@ -1,4 +1,4 @@
-"""What prompts bring to a pass of the backbone: the vectors of their slots (a soft prompt, made of virtual tokens)."""
+"""Learned parameters that prompts pass to the model: virtual-token vectors, prefix keys and values, layer offsets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.probes import BlockShape
+from ptuning.errors import PromptError
 from ptuning.files import Json
+from ptuning.template.encode import TokenizedTemplate
 
 
 @dataclass(frozen=True, eq=False)
-class Deep:
+class DeepParams:
     """What deep slots bring to the layers of a backbone.
 
     Args:
@@ -31,21 +35,21 @@ class Deep:
     slots: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
 
-    def rounded(self, dtype: torch.dtype) -> Deep:
+    def rounded(self, dtype: torch.dtype) -> DeepParams:
         """Return the same with the nearest numbers of a number format."""
         return replace(self.map(lambda one: one.to(dtype).float()), dtype=dtype)
 
-    def parts(self, slots: int) -> tuple[Deep, Deep]:
+    def parts(self, slots: int) -> tuple[DeepParams, DeepParams]:
         """Return what belongs to the block and the first slots with a vector, and what belongs to the others."""
         first = [at for at, slot in enumerate(self.slots) if slot < slots]
         rest = [at for at, slot in enumerate(self.slots) if slot >= slots]
         own = [None if self.offsets is None or not at else self.offsets[at] for at in (first, rest)]
         return (
-            Deep(self.block, self.lead, own[0], tuple(self.slots[at] for at in first)),
-            Deep(None, 0, own[1], tuple(self.slots[at] - slots for at in rest)),
+            DeepParams(self.block, self.lead, own[0], tuple(self.slots[at] for at in first)),
+            DeepParams(None, 0, own[1], tuple(self.slots[at] - slots for at in rest)),
         )
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Deep:
+    def map(self, change: Callable[[Tensor], Tensor]) -> DeepParams:
         """Return the same with its tensors changed."""
         return replace(self, **{name: change(one) for name, one in self.tensors.items()})  # type: ignore[arg-type]
 
@@ -81,7 +85,7 @@ class Deep:
 
 
 @dataclass(frozen=True, eq=False)
-class Learned:
+class PromptBatch:
     """What one prompt, or the several prompts of a batch, bring to a pass: all that is learned outside of the backbone.
 
     Args:
@@ -100,20 +104,20 @@ class Learned:
     vectors: Tensor
     slots: tuple[int, ...] = ()
     rows: tuple[int, ...] | None = None
-    deep: tuple[Deep | None, ...] = ()
+    deep: tuple[DeepParams | None, ...] = ()
 
     @classmethod
-    def of(cls, vectors: Tensor, deep: Deep | None) -> Learned:
+    def of(cls, vectors: Tensor, deep: DeepParams | None) -> PromptBatch:
         """Return what one prompt brings: (P, E) slot vectors, and its deep slots' part, if it has any."""
         return cls(vectors, deep=() if deep is None else (deep,))
 
     @classmethod
-    def none(cls, width: int) -> Learned:
+    def none(cls, width: int) -> PromptBatch:
         """Return what a manual prompt brings to a backbone of width E: no vectors, (0, E)."""
         return cls(torch.zeros(0, width))
 
     @classmethod
-    def join(cls, prompts: Sequence[Learned], *, rows: Sequence[int]) -> Learned:
+    def join(cls, prompts: Sequence[PromptBatch], *, rows: Sequence[int]) -> PromptBatch:
         """Return what several prompts bring to one batch, of whose rows each names its prompt by index."""
         if len(prompts) == 1:
             return prompts[0]
@@ -122,7 +126,7 @@ class Learned:
         counts = tuple(len(one.vectors) for one in prompts)
         return cls(vectors, counts, tuple(rows), deep if any(deep) else ())
 
-    def apart(self) -> Learned:
+    def apart(self) -> PromptBatch:
         """Return the same as leaves: gradients end there, instead of going on to what made them."""
 
         def leaf(tensor: Tensor) -> Tensor:
@@ -131,15 +135,15 @@ class Learned:
         deep = tuple(None if one is None else one.map(leaf) for one in self.deep)
         return replace(self, vectors=leaf(self.vectors), deep=deep)
 
-    def to(self, device: torch.device) -> Learned:
+    def to(self, device: torch.device) -> PromptBatch:
         """Return the same on a device."""
         deep = tuple(None if one is None else one.map(lambda tensor: tensor.to(device)) for one in self.deep)
         return replace(self, vectors=self.vectors.to(device), deep=deep)
 
-    def parts(self, slots: int) -> tuple[Learned, Learned]:
+    def parts(self, slots: int) -> tuple[PromptBatch, PromptBatch]:
         """Return what one prompt brings to its first slots with a vector and in front of them, and what to the rest."""
         first, rest = self.deep[0].parts(slots) if self.deep and self.deep[0] is not None else (None, None)
-        return Learned.of(self.vectors[:slots], first), Learned.of(self.vectors[slots:], rest)
+        return PromptBatch.of(self.vectors[:slots], first), PromptBatch.of(self.vectors[slots:], rest)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -174,7 +178,7 @@ class Learned:
             start += slots
         return torch.cat(tables), place.to(tables[0].device)
 
-    def take(self, rows: Sequence[int]) -> Learned:
+    def take(self, rows: Sequence[int]) -> PromptBatch:
         """Return the same for a batch of other rows, each given by the index of a row of this one."""
         return self if self.rows is None else replace(self, rows=tuple(self.rows[row] for row in rows))
 
@@ -184,3 +188,95 @@ class Learned:
             return [len(self.vectors)] * rows, [0] * rows
         starts = [0, *accumulate(self.slots)]
         return [self.slots[prompt] for prompt in self.rows], [starts[prompt] for prompt in self.rows]
+
+
+# Tokens whose run shows what the layers of a backbone usually read.
+ORDINARY_TOKENS = 32
+
+
+@torch.no_grad()
+def prefix_of_tokens(backbone: Backbone, token_ids: Sequence[int]) -> Tensor:
+    """Return the keys and values of C tokens at the beginning of a row, (L, 2, K, C, D) float32 on the CPU."""
+    ids = torch.tensor([list(token_ids)], device=backbone.device)  # (1, C)
+    places = torch.arange(len(token_ids), device=ids.device)[None]
+    memory = backbone.remember(backbone.embed(ids), mask=torch.ones_like(ids), positions=places)
+    return torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0].float().cpu()
+
+
+@torch.no_grad()
+def layer_input_rms(backbone: Backbone, generator: torch.Generator) -> Tensor:
+    """Return the root mean square of what each layer but the first reads of an ordinary token, (L - 1,): the median
+    over drawn tokens, since the first ones of a row are far from ordinary in some models.
+    """
+    layers, count = backbone.deep.layers, min(ORDINARY_TOKENS, backbone.tokenizer.max_tokens)
+    ids = torch.randint(backbone.vocabulary, (1, count), generator=generator).to(backbone.device)
+    both = backbone.kind == "encoder-decoder"
+    row, places = torch.cat([ids, ids], dim=1) if both else ids, torch.arange(count, device=ids.device)[None]
+    sizes: dict[int, list[Tensor]] = {}
+    at = torch.zeros(1, dtype=torch.int64, device=ids.device)
+    backbone.run(
+        backbone.embed(row),
+        mask=torch.ones_like(row),
+        positions=torch.cat([places, places], dim=1) if both else places,
+        rows=at,
+        cols=at + row.shape[1] - 1,
+        encoder_tokens=count if both else 0,
+        seen=lambda layer, hidden: sizes.setdefault(layer, []).append(
+            hidden[0, :count].float().square().mean(dim=-1).sqrt().median().cpu()
+        ),
+    )
+    return torch.stack([torch.stack(sizes[layer]).mean() for layer in range(1, layers)])
+
+
+def initial_deep_params(
+    backbone: Backbone, bound: TokenizedTemplate, *, generator: torch.Generator, random: bool = False
+) -> tuple[DeepParams, dict[str, Tensor]] | None:
+    """Return what the deep slots of a template start at, and the reach of each layer; None without deep slots.
+
+    A block is what its tokens are in every layer of the frozen backbone; other deep slots add nothing yet, so that they
+    are the tokens that their vectors start at. With ``random`` both are standard normal numbers instead.
+    """
+    layout = bound.layout
+    slots = layout.deep_slots
+    if not (layout.block_ids or slots):
+        return None
+    block = offsets = None
+    reach: dict[str, Tensor] = {}
+    if layout.block_ids:
+        ids = [token or 0 for token in (*layout.lead_ids, *layout.block_ids)]
+        block = prefix_of_tokens(backbone, ids)  # (L, 2, K, C, D)
+        sizes = block[:, :, :, layout.lead :].square().mean(dim=(2, 4)).sqrt()  # (L, 2, C)
+        reach["block"] = sizes.median(dim=2).values
+    if slots:
+        layers, width = backbone.deep
+        offsets = torch.zeros(len(slots), layers - 1, width)
+        reach["offsets"] = layer_input_rms(backbone, generator)
+    if random:
+        for drawn in (block[:, :, :, layout.lead :] if block is not None else None, offsets):
+            if drawn is not None:
+                drawn.normal_(generator=generator)
+    return DeepParams(block, layout.lead, offsets, slots), reach
+
+
+def check_deep_params(deep: DeepParams, bound: TokenizedTemplate, backbone: Backbone) -> None:
+    """Raise a PromptError if what deep slots bring does not fit a template or a backbone."""
+    layout, own = bound.layout, (deep.in_front, deep.lead, deep.slots)
+    if own != (layout.in_front, layout.lead, layout.deep_slots):
+        raise PromptError(
+            f"the template '{bound.template}' has {layout.in_front} deep slots in front and {len(layout.deep_slots)} "
+            f"elsewhere with this tokenizer, and the prompt has {deep.in_front} and {len(deep.slots)}"
+        )
+    if deep.block is not None:
+        layers, _, heads, _, width = deep.block.shape
+        theirs, read = BlockShape(layers, heads, width), backbone.block_shape
+        if theirs != read:
+            none = f"reads none there; they are of {theirs}"
+            raise PromptError(
+                f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' "
+                + (none if read is None else f"has {read}, where theirs are of {theirs}")
+            )
+    if deep.offsets is not None and tuple(deep.offsets.shape[1:]) != (backbone.deep.layers - 1, backbone.deep.width):
+        raise PromptError(
+            f"the prompt's deep slots are for {deep.offsets.shape[1] + 1} layers of width {deep.offsets.shape[2]}, and "
+            f"'{backbone.name}' has {backbone.deep.layers} of width {backbone.deep.width}"
+        )

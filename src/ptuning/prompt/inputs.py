@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ToAnswer:
+class InferenceInputs:
     """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
     rows of the file, which know their columns.
     """
@@ -31,7 +31,7 @@ class ToAnswer:
     @classmethod
     def typed(
         cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[ChatMessage] = ()
-    ) -> ToAnswer:
+    ) -> InferenceInputs:
         """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file. In a
         conversation, what is typed is the user's next turn, behind those ``before``.
         """
@@ -45,7 +45,7 @@ class ToAnswer:
         return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
 
     @classmethod
-    def of(cls, prompt: Prompt, rows: RawRows, *, fields: Mapping[str, str] | None = None) -> ToAnswer:
+    def of(cls, prompt: Prompt, rows: RawRows, *, fields: Mapping[str, str] | None = None) -> InferenceInputs:
         """Take rows, read by the prompt's task where it has one, which may find several questions in a row; else with
         ``fields`` renamed (new name -> name in the file). A RecordError if one does not fit.
         """
@@ -55,7 +55,7 @@ class ToAnswer:
             require_fields(read.questions.records, prompt.template.fields)
             return cls(read.questions, read.rows, rows)
         if task is None:
-            records = remembered(as_read(rows, fields=fields, target=prompt.fields.get(TARGET_FIELD)), prompt)
+            records = with_prompt_fields(as_read(rows, fields=fields, target=prompt.fields.get(TARGET_FIELD)), prompt)
             require_fields(records, prompt.template.fields)
             return cls(as_questions(records), rows, rows)
         if rows.format != "text":
@@ -87,7 +87,7 @@ def typed_fields(prompt: Prompt) -> Sequence[str]:
     return prompt.task.fields
 
 
-def remembered(records: Records, prompt: Prompt | None) -> Records:
+def with_prompt_fields(records: Records, prompt: Prompt | None) -> Records:
     """Return records with the names of fields that a prompt remembers, but for those that were read by other names."""
     own = prompt.fields if prompt is not None else {}
     return with_fields(records, {new: old for new, old in own.items() if new not in records.fields})

@@ -19,7 +19,7 @@ SECONDS_PER_ROW = 0.02
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """How many rows were answered, have failed and were cancelled."""
 
     done: int = 0
@@ -28,14 +28,14 @@ class Tally:
 
 
 @dataclass(order=True)
-class Waiting:
+class QueuedRow:
     """A row of a job that is not answered yet. ``due`` is the time by which rows are ordered."""
 
     due: float
     number: int
     job: Job = field(compare=False)
     index: int = field(compare=False)
-    tally: Tally = field(compare=False)
+    tally: RowCounts = field(compare=False)
     since: float = field(compare=False)
     waited: float = field(compare=False, default=0.0)
     told: bool = field(compare=False, default=False)
@@ -87,11 +87,11 @@ class Waiting:
             logger.exception("a listener has failed")
 
 
-class Queue:
+class RowQueue:
     """Rows in the order of their time; something else to do (:class:`CallRow`) comes before all."""
 
-    def __init__(self, tally: Tally) -> None:
-        self._rows: list[Waiting] = []
+    def __init__(self, tally: RowCounts) -> None:
+        self._rows: list[QueuedRow] = []
         self._numbers = itertools.count()
         self._tally = tally
 
@@ -107,13 +107,13 @@ class Queue:
         now = time.monotonic()
         for index, row in enumerate(job.rows):
             due = float("-inf") if isinstance(row, CallRow) else now + index * SECONDS_PER_ROW
-            heapq.heappush(self._rows, Waiting(due, next(self._numbers), job, index, self._tally, now))
+            heapq.heappush(self._rows, QueuedRow(due, next(self._numbers), job, index, self._tally, now))
 
-    def take(self) -> Waiting | None:
+    def take(self) -> QueuedRow | None:
         """Take out the next row; None if there is none."""
         return heapq.heappop(self._rows) if self._rows else None
 
-    def take_cancelled(self) -> list[Waiting]:
+    def take_cancelled(self) -> list[QueuedRow]:
         """Take out the rows of cancelled jobs."""
         gone = [one for one in self._rows if one.job.cancelled]
         if gone:
@@ -121,7 +121,7 @@ class Queue:
             heapq.heapify(self._rows)
         return gone
 
-    def take_all(self) -> list[Waiting]:
+    def take_all(self) -> list[QueuedRow]:
         """Take out all rows."""
         gone, self._rows = sorted(self._rows), []
         return gone

@@ -13,10 +13,9 @@ from transformers import GenerationConfig
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.config import GenerationSettings
-from ptuning.engine.passes import run_pass, target_logits
-from ptuning.engine.writing.continuation import Continuation
-from ptuning.engine.writing.ending import Draft, Ending, OpenRow
-from ptuning.engine.writing.generate import _write
+from ptuning.engine.decoding.decoder import DecodingState, GenerationInput, Hypothesis, StopCriteria
+from ptuning.engine.decoding.generate import _generate
+from ptuning.engine.forward import forward, target_logits
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -59,7 +58,7 @@ def model_named(name: str) -> Backbone:
 def generated(backbone: Backbone, prompt: Prompt, records: Sequence[Record], way: dict[str, Any]) -> list[list[int]]:
     """Return what ``generate`` writes behind the same embeddings, the tokens of each row without pads."""
     examples = bound(backbone, str(prompt.template)).contexts(records, target_tokens=TOKENS)
-    first = run_pass(backbone, examples, prompt.learned(backbone), pad_side="left")
+    first = forward(backbone, examples, prompt.learned(backbone), pad_side="left")
     start, split = first.batch.mask.shape[1], first.batch.encoder_tokens
     inputs: dict[str, Any] = {"inputs_embeds": first.embeddings, "attention_mask": first.batch.mask}
     if split:
@@ -100,19 +99,19 @@ def written(
     filled = bound(backbone, str(prompt.template))
     filled.multiline = True  # generate knows no lines
     seen: dict[str, list[int]] = {}
-    plain = Ending.written
+    plain = StopCriteria.written
 
-    def kept(self: Ending, draft: Draft) -> Any:
+    def kept(self: StopCriteria, draft: Hypothesis) -> Any:
         found = plain(self, draft)
         seen.setdefault(f"{found.text}/{found.log_prob}", list(draft.ids))
         return found
 
-    monkeypatch.setattr(Ending, "written", kept)
+    monkeypatch.setattr(StopCriteria, "written", kept)
     examples = filled.contexts(records, target_tokens=TOKENS)
     with torch.no_grad():
-        found = _write(
+        found = _generate(
             backbone,
-            [OpenRow(filled, record, TOKENS) for record in records],
+            [GenerationInput(filled, record, TOKENS) for record in records],
             examples,
             prompt.learned(backbone),
             settings=GenerationSettings(**way),
@@ -200,18 +199,18 @@ def test_a_greedy_batch_copies_its_cache_only_when_a_row_has_ended(monkeypatch: 
     prompt, copies, sizes = learned(backbone, TEMPLATE), [], []
     backbone.tokenizer.end_ids = frozenset()
     ids = written(backbone, prompt, RECORDS, {}, monkeypatch)
-    plain, read = Memory.reorder, Continuation.read
+    plain, read = Memory.reorder, DecodingState.read
 
     def reorder(self: Memory, rows: torch.Tensor) -> None:
         copies.append(len(rows))
         plain(self, rows)
 
-    def counted(self: Continuation, tokens: torch.Tensor, **more: Any) -> None:
+    def counted(self: DecodingState, tokens: torch.Tensor, **more: Any) -> None:
         sizes.append(len(tokens))
         read(self, tokens, **more)
 
     monkeypatch.setattr(Memory, "reorder", reorder)
-    monkeypatch.setattr(Continuation, "read", counted)
+    monkeypatch.setattr(DecodingState, "read", counted)
     assert written(backbone, prompt, RECORDS, {}, monkeypatch) == ids
     assert (copies, sizes) == ([], [len(RECORDS)] * (TOKENS - 1))
     sizes.clear()
@@ -267,11 +266,11 @@ def test_streaming_needs_no_gradients_and_leaves_the_caller_s_as_they_are(causal
         assert (weight * 2).requires_grad
 
 
-def ending_of(backbone: Backbone, *stops: str) -> Ending:
+def ending_of(backbone: Backbone, *stops: str) -> StopCriteria:
     """Return the ending of long answers of several lines."""
     filled = bound(backbone, TEMPLATE)
     filled.multiline = True
-    return Ending.of(backbone, OpenRow(filled, RECORDS[0], 999), stop_strings=stops)
+    return StopCriteria.of(backbone, GenerationInput(filled, RECORDS[0], 999), stop_strings=stops)
 
 
 def test_an_answer_ends_before_a_stop_string(causal: Backbone) -> None:
@@ -366,7 +365,7 @@ def test_the_context_of_a_decoder_counts_as_written(monkeypatch: pytest.MonkeyPa
     backbone = own_copy("t5")
     filled = bound(backbone, "[X] is [>] so [P] [Y]")
     examples: list[Example] = filled.contexts(RECORDS)
-    rows = Continuation(backbone, examples, learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone))
+    rows = DecodingState(backbone, examples, learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone))
     ids = rows.before[0]
     assert ids == [*backbone.tokenizer.decoder_ids, *backbone.tokenizer.encode(["so"])[0]]
 

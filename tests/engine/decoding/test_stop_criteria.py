@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.writing.ending import Draft, Ending
+from ptuning.engine.decoding.decoder import Hypothesis, StopCriteria
 
 
 def ids_of(backbone: Backbone, text: str) -> tuple[int, ...]:
@@ -14,11 +14,11 @@ def ids_of(backbone: Backbone, text: str) -> tuple[int, ...]:
 def test_why_an_answer_ended(causal: Backbone) -> None:
     tokenizer, own = causal.tokenizer, ids_of(causal, " a good film")
     end, line = next(iter(tokenizer.end_ids)), ids_of(causal, "\n")[-1]
-    ending = Ending(causal, max_tokens=len(own) + 1, multiline=False, stop_strings=("film",))
+    ending = StopCriteria(causal, max_tokens=len(own) + 1, multiline=False, stop_strings=("film",))
     assert ending.stopped((*own, end)) == "end"  # also at its most tokens
     assert ending.stopped((*own[:1], line)) == "line"
     assert ending.stopped(own) == "end"  # a stop string
     assert ending.stopped(own[:1]) == "length"
-    many = Ending(causal, max_tokens=2, multiline=True)
+    many = StopCriteria(causal, max_tokens=2, multiline=True)
     assert many.stopped((*own[:1], line)) == "length"  # a text of several lines goes on behind a line
-    assert many.written(Draft((*own[:1], end), -1.0)).stopped == "end"
+    assert many.written(Hypothesis((*own[:1], end), -1.0)).stopped == "end"

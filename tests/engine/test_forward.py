@@ -15,14 +15,13 @@ import torch
 
 import ptuning
 import ptuning.engine.batch as batch_module
-import ptuning.engine.passes as model_module
+import ptuning.engine.forward as model_module
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import MAX_BATCH_POSITIONS, MAX_BATCH_TOKENS, MAX_CACHED_TOKENS, batches, collate
-from ptuning.engine.ceiling import measure_ceiling
-from ptuning.engine.evaluate import evaluate
-from ptuning.engine.learned import Learned
+from ptuning.engine.evaluate import evaluate, measure_ceiling
+from ptuning.engine.forward import embed_inputs, shared_prefix_tokens, target_logits
 from ptuning.engine.objective import inputs_of
-from ptuning.engine.passes import inject, prefix_tokens, target_logits
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -96,10 +95,10 @@ def test_every_slot_holds_its_vector_and_everything_else_its_token(backbone: Bac
     examples = bound(backbone, "[P*2] [X] [P:is] [Y]").examples(RECORDS)
     slots = len(examples[0].slot_positions)
     vectors = torch.randn(slots, backbone.width)
-    batch = collate(examples, Learned(vectors), pad_side=side)  # type: ignore[arg-type]
+    batch = collate(examples, PromptBatch(vectors), pad_side=side)  # type: ignore[arg-type]
     given = backbone.embed(batch.token_ids)
     before = given.clone()
-    found = inject(given, vectors, batch)
+    found = embed_inputs(given, vectors, batch)
     assert torch.equal(given, before)
     for row, example in enumerate(examples):
         first = given.shape[1] - len(example.token_ids) if side == "left" else 0
@@ -114,8 +113,8 @@ def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
     """The vectors stay float32, in which small steps are not lost; in the row they have the embeddings' dtype."""
     examples = bound(causal, "[P*2] [X] [Y]").examples(RECORDS)
     vectors = torch.randn(2, causal.width, requires_grad=True)
-    batch = collate(examples, Learned(vectors))
-    found = inject(causal.embed(batch.token_ids).bfloat16(), vectors, batch)
+    batch = collate(examples, PromptBatch(vectors))
+    found = embed_inputs(causal.embed(batch.token_ids).bfloat16(), vectors, batch)
     assert found.dtype == torch.bfloat16
     found.float().sum().backward()
     assert vectors.grad is not None
@@ -125,11 +124,11 @@ def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
 def test_a_batch_that_asks_for_a_missing_vector_is_an_error(causal: Backbone) -> None:
     """A wrong count of vectors is never silent."""
     examples = bound(causal, "[P*3] [X] [Y]").examples(RECORDS)
-    batch = collate(examples, Learned(torch.zeros(3, causal.width)))
+    batch = collate(examples, PromptBatch(torch.zeros(3, causal.width)))
     with pytest.raises(PromptError, match="asks for slot 2, and there are 2 vectors"):
-        inject(causal.embed(batch.token_ids), torch.zeros(2, causal.width), batch)
+        embed_inputs(causal.embed(batch.token_ids), torch.zeros(2, causal.width), batch)
     with pytest.raises(PromptError, match="row 0 has 3 slots, and its prompt has 2 vectors"):
-        target_logits(causal, examples, Learned(torch.zeros(2, causal.width)))
+        target_logits(causal, examples, PromptBatch(torch.zeros(2, causal.width)))
 
 
 def test_vectors_are_written_in_one_place() -> None:
@@ -138,7 +137,7 @@ def test_vectors_are_written_in_one_place() -> None:
     """
     sources = sorted(Path(ptuning.__file__).parent.rglob("*.py"))
     written = [path.name for path in sources if re.search(r"index_put|masked_scatter|index_copy", path.read_text())]
-    assert written == ["layers.py", "passes.py"]
+    assert written == ["layers.py", "forward.py"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -204,8 +203,8 @@ def test_rows_with_fields_of_different_length_get_the_same_vectors(causal: Backb
     """Vectors go to slots in template order, wherever in the row the slots come to be."""
     vectors = torch.randn(4, causal.width)
     examples = bound(causal, "[P*2] [X] [P*2] [Y]").examples(RECORDS)
-    batch = collate(examples, Learned(vectors))
-    found = inject(causal.embed(batch.token_ids), vectors, batch)
+    batch = collate(examples, PromptBatch(vectors))
+    found = embed_inputs(causal.embed(batch.token_ids), vectors, batch)
     assert len({example.slot_positions for example in examples}) > 1
     for row, example in enumerate(examples):
         assert torch.equal(found[row, list(example.slot_positions)], vectors)
@@ -235,7 +234,7 @@ SHARED = (
 
 
 def run_both_ways(
-    backbone: Backbone, examples: list[Example], prompts: Learned, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, examples: list[Example], prompts: PromptBatch, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return (logits, gradient of a random sum of them) with a shared prefix, and from the plain path."""
     found = []
@@ -292,7 +291,7 @@ def test_a_shared_prefix_equals_the_plain_run(
     assert max(batch.counts) > 1
     if backbone.kind == "causal" and is_shared:
         assert batch.shared_tokens >= 3
-        assert prefix_tokens(backbone, examples) == batch.shared_tokens
+        assert shared_prefix_tokens(backbone, examples) == batch.shared_tokens
     assert_same(run_both_ways(backbone, examples, prompts, monkeypatch))
 
 
@@ -330,7 +329,7 @@ def test_a_backbone_in_training_mode_runs_whole_rows(
     passes = Passes(backbone)
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
     backbone.thaw(backbone.model.parameters())
-    target_logits(backbone, examples, Learned.none(backbone.width))
+    target_logits(backbone, examples, PromptBatch.none(backbone.width))
     assert passes.bodies == [(len(examples), max(len(example.token_ids) for example in examples))]
 
 
@@ -362,10 +361,10 @@ def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch:
         bound(backbone, pattern).examples([record])[0]
         for pattern, record in zip([*patterns, patterns[0]], RECORDS, strict=False)
     ]
-    mixed = Learned.join([*prompts, Learned.none(backbone.width)], rows=[0, 1, 2, 0])
+    mixed = PromptBatch.join([*prompts, PromptBatch.none(backbone.width)], rows=[0, 1, 2, 0])
     assert 3 <= collate(examples, mixed).shared_tokens <= examples[0].slot_positions[0]
     assert_same(run_both_ways(backbone, examples, mixed, monkeypatch))
-    two = Learned.join(prompts, rows=[0, 1])
+    two = PromptBatch.join(prompts, rows=[0, 1])
     assert collate(examples[:1] * 2, two).shared_tokens == examples[0].slot_positions[0]
     assert_same(run_both_ways(backbone, examples[:1] * 2, two, monkeypatch))
 

@@ -8,16 +8,15 @@ from weakref import WeakKeyDictionary
 
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, candidate_item, question_items
-from ptuning.engine.writing.ending import Ending, OpenRow
-from ptuning.engine.writing.generate import Company, contexts
-from ptuning.engine.writing.writer import Line
+from ptuning.engine.decoding.decoder import GenerationInput, OutputSequence, StopCriteria
+from ptuning.engine.decoding.generate import BatchKey, generation_contexts
+from ptuning.engine.objective import ScoringRequest, build_requests, candidate_request
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
+from ptuning.serve.engine.prefix_cache import ModelRow, constant_prefix_tokens
 from ptuning.template.encode import Example, TokenizedTemplate, TooLongError
 from ptuning.template.language import Field
 from ptuning.template.segments import Ids
@@ -31,22 +30,22 @@ PROBES = ("a", "Zebra")
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
+class PreparedPrompt:
     """A prompt that is ready for rows: bound to the tokenizer, with what it has learned on the device."""
 
     bound: TokenizedTemplate
-    learned: Learned
+    learned: PromptBatch
     digest: bytes
     constant: int
 
 
 @dataclass(frozen=True)
-class ClosedRow:
+class ScoringRow:
     """A row whose answers are labels or choices: what is scored, the rows to read, and the names of its classes."""
 
-    item: Item
+    item: ScoringRequest
     names: tuple[str, ...]
-    rows: tuple[PassRow, ...]
+    rows: tuple[ModelRow, ...]
 
     @property
     def tokens(self) -> int:
@@ -55,15 +54,15 @@ class ClosedRow:
 
 
 @dataclass(frozen=True)
-class WrittenRow:
+class DecodingRow:
     """A row whose answer is written: the row to read, its line, and which rows it can be written with."""
 
-    row: PassRow
-    line: Line
-    company: Company
+    row: ModelRow
+    line: OutputSequence
+    company: BatchKey
 
     @property
-    def rows(self) -> tuple[PassRow, ...]:
+    def rows(self) -> tuple[ModelRow, ...]:
         """The row to read, alone."""
         return (self.row,)
 
@@ -73,17 +72,17 @@ class WrittenRow:
         return len(self.row.example.token_ids)
 
 
-class Filling:
+class Preprocessor:
     """Fills the templates of prompts for one model; it keeps what it knows of a prompt as long as the prompt lives."""
 
     def __init__(self, model: PromptModel) -> None:
         self._model = model
         self._backbone = model.backbone
-        self._ready: WeakKeyDictionary[Prompt, Ready] = WeakKeyDictionary()
-        self._fronts: WeakKeyDictionary[Ready, Example | None] = WeakKeyDictionary()
-        self._nothing = Learned.none(self._backbone.width)
+        self._ready: WeakKeyDictionary[Prompt, PreparedPrompt] = WeakKeyDictionary()
+        self._fronts: WeakKeyDictionary[PreparedPrompt, Example | None] = WeakKeyDictionary()
+        self._nothing = PromptBatch.none(self._backbone.width)
 
-    def ready(self, prompt: Prompt) -> Ready:
+    def ready(self, prompt: Prompt) -> PreparedPrompt:
         """Return a prompt ready for rows; a PTuningError if it does not fit the backbone."""
         if prompt not in self._ready:
             bound = prompt.bind(self._backbone, force=self._model.force)
@@ -91,7 +90,7 @@ class Filling:
             data = b"".join(one.numpy().tobytes() for one in learned.tensors)
             digest = hashlib.sha256(data).digest() if data else b""
             constant = _constant(bound) if self._backbone.shares_prefix else 0
-            self._ready[prompt] = Ready(bound, learned.to(self._backbone.device), digest, constant)
+            self._ready[prompt] = PreparedPrompt(bound, learned.to(self._backbone.device), digest, constant)
         return self._ready[prompt]
 
     def answers(self, row: PromptRow) -> AnswerSpace:
@@ -108,20 +107,20 @@ class Filling:
             min_probability=how.min_probability,
         )
 
-    def scored(self, row: PromptRow, answers: AnswerSpace) -> ClosedRow:
+    def scored(self, row: PromptRow, answers: AnswerSpace) -> ScoringRow:
         """Fill a row for each different text of its labels or choices."""
         ready, questions = self.ready(row.prompt), Questions([row.question], name="the request")
-        (item,) = question_items(ready.bound, questions, answers, labelled=False)
+        (item,) = build_requests(ready.bound, questions, answers, labelled=False)
         rows = tuple(pass_row(example, ready) for example in item.inputs)
-        return ClosedRow(item, tuple(answers.names(row.question)), rows)
+        return ScoringRow(item, tuple(answers.names(row.question)), rows)
 
-    def written(self, row: PromptRow) -> WrittenRow:
+    def written(self, row: PromptRow) -> DecodingRow:
         """Fill a row whose answer is written."""
         ready, how = self.ready(row.prompt), row.how
-        asked = OpenRow(ready.bound, row.question.record, longest_answer(how.generation, row.prompt))
-        (example,) = contexts([asked])
-        ending = Ending.of(self._backbone, asked, stop_strings=how.generation.stop_strings)
-        line = Line(ending, how.generation, alternatives=how.alternatives)
+        asked = GenerationInput(ready.bound, row.question.record, longest_answer(how.generation, row.prompt))
+        (example,) = generation_contexts([asked])
+        ending = StopCriteria.of(self._backbone, asked, stop_strings=how.generation.stop_strings)
+        line = OutputSequence(ending, how.generation, alternatives=how.alternatives)
         return self._continued(pass_row(example, ready), line, asked.max_tokens)
 
     def read_whole(self, row: PromptRow) -> int:
@@ -131,11 +130,13 @@ class Filling:
         ready, how, record = self.ready(row.prompt), row.how, row.question.record
         if how.candidates is not None:
             (examples,) = ready.bound.answers([record], [how.candidates], with_stop=how.count_stop)
-            return candidate_item(examples).tokens
-        (example,) = contexts([OpenRow(ready.bound, record, longest_answer(how.generation, row.prompt))])
+            return candidate_request(examples).tokens
+        (example,) = generation_contexts(
+            [GenerationInput(ready.bound, record, longest_answer(how.generation, row.prompt))]
+        )
         return len(example.token_ids)
 
-    def continued(self, row: TextRow) -> WrittenRow:
+    def continued(self, row: TextRow) -> DecodingRow:
         """Return a row that the model goes on with."""
         ids, how = self.ids(row.text, behind=row.prompt), row.how
         begun = self._begun(row.prompt, ids)
@@ -153,14 +154,14 @@ class Filling:
             bound = self.ready(row.prompt).bound
             multiline, ends = bound.multiline, bound.end_ids
         stops, as_is = how.generation.stop_strings, row.prompt is None
-        ending = Ending(
+        ending = StopCriteria(
             self._backbone, max_tokens=most, multiline=multiline, stop_strings=stops, as_is=as_is, end_ids=ends
         )
         example = replace(begun.example, logit_positions=(read - 1,), target_ids=())
-        line = Line(ending, how.generation, alternatives=how.alternatives)
+        line = OutputSequence(ending, how.generation, alternatives=how.alternatives)
         return self._continued(replace(begun, example=example), line, most)
 
-    def echoed(self, row: EchoRow) -> PassRow:
+    def echoed(self, row: EchoRow) -> ModelRow:
         """Return a row whose ``target_ids``, its last tokens, are each scored by those in front of them."""
         ids = self.ids(row.text, behind=row.prompt)
         found = self._begun(row.prompt, ids)
@@ -185,7 +186,7 @@ class Filling:
             raise RecordError(f"token id {outside[0]} is outside the vocabulary of {self._backbone.vocabulary}")
         return tuple(text)
 
-    def _begun(self, prompt: Prompt | None, ids: Ids) -> PassRow:
+    def _begun(self, prompt: Prompt | None, ids: Ids) -> ModelRow:
         """Return a row of ids behind a prompt's beginning; they are its targets, the first one only if there is
         something in front of it.
         """
@@ -213,16 +214,16 @@ class Filling:
     def _limit(self, prompt: Prompt | None) -> int:
         return self._backbone.tokenizer.max_tokens if prompt is None else self.ready(prompt).bound.max_length
 
-    def _plain(self, example: Example) -> PassRow:
-        return PassRow(example, self._nothing, b"")
+    def _plain(self, example: Example) -> ModelRow:
+        return ModelRow(example, self._nothing, b"")
 
-    def _continued(self, row: PassRow, line: Line, most: int) -> WrittenRow:
-        return WrittenRow(row, line, Company.of(self._backbone, row.example, most))
+    def _continued(self, row: ModelRow, line: OutputSequence, most: int) -> DecodingRow:
+        return DecodingRow(row, line, BatchKey.of(self._backbone, row.example, most))
 
 
-def pass_row(example: Example, ready: Ready) -> PassRow:
+def pass_row(example: Example, ready: PreparedPrompt) -> ModelRow:
     """Return a filled row of a prompt."""
-    return PassRow(example, ready.learned, ready.digest, ready.constant)
+    return ModelRow(example, ready.learned, ready.digest, ready.constant)
 
 
 def _front(bound: TokenizedTemplate) -> Example | None:
@@ -248,4 +249,4 @@ def _constant(bound: TokenizedTemplate) -> int:
         one, other = (bound.contexts([dict.fromkeys(bound.template.fields, text)])[0] for text in PROBES)
     except PTuningError:
         return 0
-    return constant_tokens(one, other)
+    return constant_prefix_tokens(one, other)

@@ -9,21 +9,19 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
+from ptuning.engine.decoding.decoder import GenerationInput
+from ptuning.engine.decoding.generate import generate_answers
 from ptuning.engine.evaluate import evaluate_parts
-from ptuning.engine.learned import Learned
-from ptuning.engine.objective import item_parts
-from ptuning.engine.shortened import noticed
-from ptuning.engine.writing.ending import OpenRow
-from ptuning.engine.writing.generate import write_answers
+from ptuning.engine.objective import request_parts, warn_truncated_parts
+from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import RecordError
 from ptuning.files import Json, sha256
 from ptuning.metrics.generation import check_metrics, metrics_of, score_texts, value_of_texts
 from ptuning.progress import OnProgress
-from ptuning.prompt.answer import check_writes, written_parts
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
-from ptuning.prompt.score import Result, prediction_rows
+from ptuning.prompt.score import Result, check_generates, generate_parts, prediction_rows
 from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.template.encode import TokenizedTemplate
 
@@ -39,7 +37,7 @@ def text_row(record: Record, found: Prediction) -> dict[str, Json]:
     }
 
 
-def identity_of_texts(
+def generation_identity(
     prompt: Prompt, questions: Questions, settings: GenerationSettings, backbone: Backbone
 ) -> dict[str, Json]:
     """Return what must be equal for texts to be those of one and the same run, on this backbone as it is loaded."""
@@ -57,16 +55,16 @@ def identity_of_texts(
     }
 
 
-def check_written(prompt: Prompt, questions: Questions, metrics: Sequence[str]) -> None:
-    """Raise what :func:`score_written` raises before anything is written."""
-    check_writes(prompt)
+def check_generation(prompt: Prompt, questions: Questions, metrics: Sequence[str]) -> None:
+    """Raise what :func:`score_generation` raises before anything is written."""
+    check_generates(prompt)
     if not questions:
         raise RecordError(f"{questions.name} holds no records, so there is nothing to score")
     require_targets(questions.records)
     check_metrics(metrics, questions.records)
 
 
-def score_written(
+def score_generation(
     model: PromptModel,
     data: Rows | Questions,
     prompt: OnePrompt,
@@ -82,15 +80,17 @@ def score_written(
     extra is missing, before anything is written.
     """
     prompt, questions, names = as_prompt(prompt), as_questions(data), metrics_of(metrics)
-    check_written(prompt, questions, names)
+    check_generation(prompt, questions, names)
     records = questions.records
     model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
-    parts = noticed(item_parts(bound, questions, prompt.answer_space, cut=True), questions.name, bound.max_length)
+    parts = warn_truncated_parts(
+        request_parts(bound, questions, prompt.answer_space, cut=True), questions.name, bound.max_length
+    )
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     written = [
-        one for part in written_parts(model, questions, prompt, settings=settings, report=report) for one in part
+        one for part in generate_parts(model, questions, prompt, settings=settings, report=report) for one in part
     ]
     texts = [one.text for one in written]
     scores = score_texts(texts, records, names)
@@ -103,15 +103,15 @@ def score_written(
     return Result({name: one.score for name, one in scores.items()}, found.loss, hits, rows=rows, signatures=signatures)
 
 
-def judging(
+def epoch_metric(
     bound: TokenizedTemplate, records: Records, metric: str, *, max_tokens: int
-) -> Callable[[Backbone, Learned], float]:
+) -> Callable[[Backbone, PromptBatch], float]:
     """Return what scores a metric of the texts that are written, greedily, for a few records with what was learned."""
-    rows, greedy = [OpenRow(bound, record, max_tokens) for record in records], GenerationSettings()
+    rows, greedy = [GenerationInput(bound, record, max_tokens) for record in records], GenerationSettings()
 
     @torch.no_grad()
-    def judge(backbone: Backbone, learned: Learned) -> float:
-        found = write_answers(backbone, rows, learned, settings=greedy, top_k=1, pad_side="right")
+    def judge(backbone: Backbone, learned: PromptBatch) -> float:
+        found = generate_answers(backbone, rows, learned, settings=greedy, top_k=1, pad_side="right")
         return value_of_texts([row[0].text for row in found], records, metric)
 
     return judge

@@ -11,10 +11,8 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
-from ptuning.engine.writing import continuation
-from ptuning.engine.writing.continuation import Continuation
-from ptuning.engine.writing.ending import Ending, OpenRow
-from ptuning.engine.writing.writer import Line, Writer
+from ptuning.engine.decoding import decoder
+from ptuning.engine.decoding.decoder import Decoder, DecodingState, GenerationInput, OutputSequence, StopCriteria
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
@@ -36,13 +34,15 @@ def prompts(backbone: Backbone) -> list[Prompt]:
     return [long, learned(backbone, "[P:about] {x} [P] so [Y]", seed=2), Prompt.manual("The capital of [X] is [Y]")]
 
 
-def writer(backbone: Backbone, record: Record, prompt: Prompt, way: dict[str, object]) -> Writer:
+def writer(backbone: Backbone, record: Record, prompt: Prompt, way: dict[str, object]) -> Decoder:
     """Return a writer of one row, as ``predict`` would write it."""
     settings = GenerationSettings.of(way)
     bound = prompt.bind(backbone)
     most = settings.max_new_tokens or prompt.target_tokens + 2
-    rows = Continuation(backbone, bound.contexts([record], target_tokens=most), prompt.learned(backbone))
-    return Writer(backbone, rows, [Line(Ending.of(backbone, OpenRow(bound, record, most)), settings)])
+    rows = DecodingState(backbone, bound.contexts([record], target_tokens=most), prompt.learned(backbone))
+    return Decoder(
+        backbone, rows, [OutputSequence(StopCriteria.of(backbone, GenerationInput(bound, record, most)), settings)]
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -51,11 +51,11 @@ def test_lines_that_join_and_leave_are_written_as_alone(
     backbone: Backbone, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Invariant *Alone or in company*: whatever joins a line, between which steps, by which prompt and settings."""
-    monkeypatch.setattr(continuation, "DROPPED_PADS", 2)
+    monkeypatch.setattr(decoder, "DROPPED_PADS", 2)
     choose, model = random.Random(seed), PromptModel(backbone)
     waiting = [(record, choose.choice(prompts(backbone)), choose.choice(WAYS)) for record in TEXTS for _ in range(2)]
     choose.shuffle(waiting)
-    asked: dict[Line, tuple[Record, Prompt, dict[str, object]]] = {}
+    asked: dict[OutputSequence, tuple[Record, Prompt, dict[str, object]]] = {}
     together, widest = None, 0
     with torch.no_grad():
         while waiting or (together is not None and together.lines):
@@ -83,7 +83,7 @@ def test_lines_that_join_and_leave_are_written_as_alone(
 
 def test_pads_that_nobody_needs_are_dropped(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the long row has left, the short ones no longer carry its width."""
-    monkeypatch.setattr(continuation, "DROPPED_PADS", 4)
+    monkeypatch.setattr(decoder, "DROPPED_PADS", 4)
     with torch.no_grad():
         one = writer(causal, RECORDS[0], prompts(causal)[0], {"max_new_tokens": 30})
         one.join(writer(causal, TEXTS[-1], prompts(causal)[0], {"max_new_tokens": 1}))

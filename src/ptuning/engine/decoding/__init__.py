@@ -1,0 +1,1 @@
+"""Text generation: ``generate`` answers rows, ``decoder`` decodes a batch token by token."""
