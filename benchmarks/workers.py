@@ -34,8 +34,7 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.config import TrainConfig
 from ptuning.experiment.lama import lama
 from ptuning.files import write_json_lines
-from ptuning.workers.crew import Workers
-from ptuning.workers.ray_crew import connected
+from ptuning.workers.pool import WorkerConfig, connected
 
 WORKERS = 2
 # Relations made of shipped facts; with two seeds they are eight cells, four for each worker.
@@ -61,7 +60,7 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory(prefix="ptuning-bench-") as place:
         data = facts_in(Path(place) / "data", settings.pick(FACTS, 12))
 
-        def run(workers: Workers | None, number: int) -> float:
+        def run(workers: WorkerConfig | None, number: int) -> float:
             out = Path(place) / f"{workers is not None}-{number}"
             config = TrainConfig(epochs=settings.pick(EPOCHS, 1))
             at = time.monotonic()
@@ -73,7 +72,7 @@ def main(settings: Settings) -> None:
 
         contestants = {"one process": partial(run, None)}
         if has_ray:
-            contestants["two workers"] = partial(run, Workers(WORKERS, loading=loading))
+            contestants["two workers"] = partial(run, WorkerConfig(WORKERS, loading=loading))
         found = interleave(contestants, repeats=3, seconds=settings.pick(300, 1), seed=settings.seed, note="workers")
         starts = [start(backbone) for _ in range(settings.pick(STARTS, 1))] if has_ray else []
     cells: list[dict[str, Json]] = [
@@ -117,7 +116,7 @@ def start(backbone: Backbone) -> float:
     """Return the seconds until the engine is there."""
     work: Any = SimpleNamespace(backbone=backbone)
     at = time.monotonic()
-    with connected(work, Workers(WORKERS), WORKERS):
+    with connected(work, WorkerConfig(WORKERS), WORKERS):
         taken = time.monotonic() - at
     say(f"  the engine starts in {taken:.1f} s")
     return taken

@@ -15,7 +15,7 @@ from ptuning.experiment import suite as suites
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
 from ptuning.report.results_file import Results
-from ptuning.workers.crew import Workers
+from ptuning.workers.pool import WorkerConfig
 from tests.conftest import WARM
 from tests.experiment.test_suite import DEV, FAST, MANUAL, TEST, TRAIN, results_of, suite, timeless
 from tests.processes import forked
@@ -72,7 +72,7 @@ def test_workers_leave_the_same_files_as_one_process(
     ray = use_fake_ray(monkeypatch, causal, task_manual_seed_0=1)
     told: list[str] = []
     watch = Watch(report=lambda now: told.append(now.stage), on_cell=lambda result, *_: told.append(result.status))
-    found = run(causal, tmp_path / "workers", workers=Workers(3, shared_folder=shared), watch=watch)
+    found = run(causal, tmp_path / "workers", workers=WorkerConfig(3, shared_folder=shared), watch=watch)
     assert [name for _, name in ray.begun].count("task manual seed 0") == 2
     assert told.count("done") == len(found.cells) == 4
     files = files_of(tmp_path / "workers")
@@ -115,7 +115,7 @@ def test_parts_may_run_at_once_and_be_killed(
 
 
 def test_bad_parts_run_nothing(causal: Backbone, tmp_path: Path) -> None:
-    for part, said in (("1/9", "there are only 4 units to share"), ("3/2", "no part 3"), ("half", "is not K/N")):
+    for part, said in (("1/9", "only 4 jobs to share"), ("3/2", "no part 3"), ("half", "is not K/N")):
         with pytest.raises(ConfigError, match=said):
             run(causal, tmp_path / "out", part=part)
     assert not (tmp_path / "out").exists()
@@ -142,7 +142,7 @@ def test_prompts_that_train_together_are_cut_by_the_suite_alone(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most 16 to a fleet, whatever runs them; all of them in one process are the same bytes as in parts."""
-    monkeypatch.setattr(suites, "UNIT_PROMPTS", 2)
+    monkeypatch.setattr(suites, "JOB_PROMPTS", 2)
     units = suite(causal, tmp_path, counts=(5, 12, 8)).units
     assert [len(unit.folders) for unit in units] == [2, 1]
     assert [unit.checkpoint for unit in units] == ["fleets/p-tuning-seed-0", "fleets/p-tuning-seed-0-2"]

@@ -127,7 +127,7 @@ def test_what_results_say_about_a_run(causal: Backbone, tmp_path: Path) -> None:
 def test_stopped_before_the_first_new_cell_nothing_is_lost(causal: Backbone, tmp_path: Path) -> None:
     run(causal, tmp_path)
     before = saved(tmp_path)["tasks"]
-    with pytest.raises(Interrupted, match="stopped after 1 of 4 cells"):
+    with pytest.raises(Interrupted, match="stopped after 1 of 4 results"):
         run(causal, tmp_path, "P1", "P2", watch=Watch(should_stop=lambda: True))
     assert statuses(tmp_path) == ["done", "waiting", "done", "waiting"]
     assert saved(tmp_path)["tasks"] == before

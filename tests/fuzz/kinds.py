@@ -62,8 +62,8 @@ from ptuning.template.messages import read_messages, write_messages
 from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
-from ptuning.workers.crew import Workers
-from ptuning.workers.units import Unit, WorkPart
+from ptuning.workers.jobs import Job, WorkPart
+from ptuning.workers.pool import WorkerConfig
 from tests.conftest import learned
 from tests.fuzz.backbones import chat_templates, gguf_files, loading_options, model_folders
 from tests.fuzz.base import FAMILIES, Draw, folder, model, tiny, tried
@@ -614,10 +614,10 @@ def divisions(draw: Draw) -> None:
     part = tried(WorkPart.parse, draw(changed_text("3/16") | texts))
     if part is not None:
         assert WorkPart.parse(str(part)) == part
-        tried(part.share, [Unit(str(at), (str(at),)) for at in range(draw(st.integers(0, 20)))])
+        tried(part.share, [Job(str(at), (str(at),)) for at in range(draw(st.integers(0, 20)))])
     number = st.integers(-3, 3) | st.floats()
     count = draw(st.none() | st.integers(-3, 10**30))
-    tried(Workers, count, draw(st.none() | texts), draw(st.none() | number))
+    tried(WorkerConfig, count, draw(st.none() | texts), draw(st.none() | number))
 
 
 def settings(draw: Draw) -> None:

@@ -37,7 +37,7 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner, Step
 from ptuning.training.train_fleet import FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
-from ptuning.workers.units import Unit, held
+from ptuning.workers.jobs import Job, job_lock
 from tests.conftest import bound, items_of, make_model, small_memory
 from tests.processes import forked
 from tests.training.fleets import EVERY, FACTS, FAST, TEXTS
@@ -360,8 +360,8 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which prompts train together decides rounding, so it follows from the prompts, and not from who trains them."""
-    monkeypatch.setattr(runs, "UNIT_PROMPTS", 3)
-    units = runs.fleet_units(EVERY, at_once=3)
+    monkeypatch.setattr(runs, "JOB_PROMPTS", 3)
+    units = runs.fleet_jobs(EVERY, at_once=3)
     assert [unit.folders for unit in units] == [("plain", "late", "labels"), ("free", "parts"), ("starts", "dev")]
     train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
     for part in ("3/3", "1/3", "2/3"):
@@ -370,7 +370,7 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
         assert not (tmp_path / "parts" / FLEET_FILE).exists()
     with pytest.raises(FileError, match="--resume"):
         train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part="1/3")
-    with pytest.raises(ConfigError, match="only 3 units to share"):
+    with pytest.raises(ConfigError, match="only 3 jobs to share"):
         train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part="1/4")
     collected = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
     assert list(collected.results) == [prompt.name for prompt in EVERY]
@@ -379,7 +379,7 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
 
 
 def test_workers_leave_the_same_prompts(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "UNIT_PROMPTS", 3)
+    monkeypatch.setattr(runs, "JOB_PROMPTS", 3)
     whole = train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
     use_fake_ray(monkeypatch, causal, fleet_2=1)
     seen: list[str] = []
@@ -399,8 +399,8 @@ def test_workers_leave_the_same_prompts(causal: Backbone, tmp_path: Path, monkey
 
 
 def test_two_processes_do_not_train_the_same_prompts(causal: Backbone, tmp_path: Path) -> None:
-    other, busy = Unit("other", ("plain",)), pytest.raises(TrainingError, match="another process trains prompts in")
-    with held(tmp_path, other, lambda: None), busy:
+    other, busy = Job("other", ("plain",)), pytest.raises(TrainingError, match="another process trains prompts in")
+    with job_lock(tmp_path, other, lambda: None), busy:
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, part="1/1")
     assert list(train_fleet(EVERY[:1], backbone=causal, out=tmp_path, part="1/1").results) == ["plain"]
 

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.workers import ray_crew
-from ptuning.workers.crew import Work, Workers
-from ptuning.workers.ray_crew import CrewShape
-from ptuning.workers.worker import Hello, Worker
+from ptuning.workers import pool
+from ptuning.workers.jobs import JobSet
+from ptuning.workers.pool import PoolShape, Ready, Worker, WorkerConfig
 
 
 class RayError(Exception):
@@ -51,7 +50,7 @@ class Ref:
 
 @dataclass
 class FakeRay:
-    """The part of Ray that the crew uses. ``deaths`` says how often a unit ends its worker."""
+    """The part of Ray that the pool uses. ``deaths`` says how often a job ends its worker."""
 
     make: Callable[..., Any]
     deaths: dict[str, int] = field(default_factory=dict)
@@ -71,12 +70,12 @@ class FakeRay:
         self._made += 1
         actor, number = self.make(asked), self._made
 
-        def run(unit: Any, work: Any) -> Any:
-            self.begun.append((number, unit.name))
-            if self.deaths.get(unit.name, 0):
-                self.deaths[unit.name] -= 1
+        def run(job: Any, work: Any) -> Any:
+            self.begun.append((number, job.name))
+            if self.deaths.get(job.name, 0):
+                self.deaths[job.name] -= 1
                 raise RayError("The actor died unexpectedly")
-            return actor.run(unit, work)
+            return actor.run(job, work)
 
         def method(call: Callable[..., Any]) -> Any:
             return SimpleNamespace(remote=lambda *given: Ref(lambda: call(*given)))
@@ -85,7 +84,7 @@ class FakeRay:
             return SimpleNamespace(remote=call)
 
         return SimpleNamespace(
-            ready=method(actor.ready), run=method(run), told=method(actor.told), stop=at_once(actor.stop)
+            ready=method(actor.ready), run=method(run), progress=method(actor.progress), stop=at_once(actor.stop)
         )
 
     def put(self, value: Any) -> Any:
@@ -105,17 +104,17 @@ def use_fake_ray(patch: pytest.MonkeyPatch, backbone: Backbone, **deaths: int) -
     """Let workers be actors of a stand-in, which have this backbone."""
 
     class Here(Worker):
-        def _prepare(self, work: Work) -> Hello:
-            self._work = work
+        def _prepare(self, work: JobSet[Any]) -> Ready:
+            self._jobs = work
             work.backbone, work.worker = backbone, {"engine": "fake"}
-            return Hello("here", 1, sees_folder=self._asked.shared_folder is not False)
+            return Ready("here", 1, sees_folder=self._spec.shared_folder is not False)
 
     ray = FakeRay(Here, {name.replace("_", " "): count for name, count in deaths.items()})
 
     @contextlib.contextmanager
-    def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[FakeRay, CrewShape]]:
-        yield ray, CrewShape(min(units, workers.count or 1), 1, 0.0)
+    def connected(work: JobSet[Any], workers: WorkerConfig, count: int) -> Iterator[tuple[FakeRay, PoolShape]]:
+        yield ray, PoolShape(min(count, workers.count or 1), 1, 0.0)
 
-    patch.setattr(ray_crew, "connected", connected)
-    patch.setattr(Workers, "check", lambda _: None)
+    patch.setattr(pool, "connected", connected)
+    patch.setattr(WorkerConfig, "check", lambda _: None)
     return ray

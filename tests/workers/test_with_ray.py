@@ -35,10 +35,10 @@ import ray  # before it is told what gives access to it
 from types import SimpleNamespace
 from ptuning import TrainConfig, compare, load_backbone, methods
 from ptuning.experiment.plan import Watch
-from ptuning.workers import ray_crew
-from ptuning.workers.crew import Workers
+from ptuning.workers import pool
+from ptuning.workers.pool import WorkerConfig
 logging.basicConfig(level=logging.INFO)
-ray_crew.LOOK_SECONDS = 0.05  # tiny units end before the next second
+pool.POLL_SECONDS = 0.05  # tiny units end before the next second
 
 @methods.register("failing", describe="of a test")
 def failing(task, setup):
@@ -56,10 +56,10 @@ def run(name, workers):
         workers=workers, watch=Watch(report=told.append),
     )
 
-with ray_crew.connected(SimpleNamespace(backbone=load_backbone(model, device="cpu")), Workers(2), 2):
-    run("together", Workers(2))
-    ray_crew._shape_of_cluster = lambda *_: ray_crew.CrewShape(1, 1, 0.0)  # more threads would add in another order
-    run("apart", Workers(1, shared_folder=False))
+with pool.connected(SimpleNamespace(backbone=load_backbone(model, device="cpu")), WorkerConfig(2), 2):
+    run("together", WorkerConfig(2))
+    pool._shape_of_cluster = lambda *_: pool.PoolShape(1, 1, 0.0)  # more threads would add in another order
+    run("apart", WorkerConfig(1, shared_folder=False))
 ray.init(address="local", num_cpus=1, include_dashboard=False)  # the user's own, which knows nothing of ours
 print("nodes of the other", len(ray.nodes()))
 ray.shutdown()

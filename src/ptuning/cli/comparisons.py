@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
     from ptuning.progress import OnProgress, Progress
     from ptuning.report.results_file import Results, Scores
-    from ptuning.workers.crew import Workers
+    from ptuning.workers.pool import WorkerConfig
 
 # With more tasks than these the terminal shows means only; the report has each task.
 SHOWN_TASKS = 3
@@ -210,13 +210,13 @@ def show_part(found: Results, part: str) -> None:
     terminal.line("once all parts are done, the same command without --part collects them into one report")
 
 
-def shown(progress: OnProgress, crew: Workers | None) -> OnProgress:
+def shown(progress: OnProgress, workers: WorkerConfig | None) -> OnProgress:
     """Return what shows the progress. A line per epoch of dozens of trainings would bury the line per cell, and the bar
     of a training would jump between those of several workers.
     """
 
     def show(now: Progress) -> None:
-        if now.stage == "suite" if crew is not None else now.stage != "epoch":
+        if now.stage == "suite" if workers is not None else now.stage != "epoch":
             progress(now)
 
     return show

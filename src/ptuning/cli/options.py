@@ -26,8 +26,8 @@ from ptuning.names import LOG_FOLDER
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.template.labels import Normalise
-    from ptuning.workers.crew import Workers
-    from ptuning.workers.units import WorkPart
+    from ptuning.workers.jobs import WorkPart
+    from ptuning.workers.pool import WorkerConfig
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
@@ -345,11 +345,11 @@ class Shares:
     @property
     def own(self) -> WorkPart | None:
         """The part to do; None for all of it. A ConfigError if it is not K/N."""
-        from ptuning.workers.units import WorkPart
+        from ptuning.workers.jobs import WorkPart
 
         return None if self.part is None else WorkPart.parse(self.part)
 
-    def crew(self, backbone: AskedBackbone, *, dry_run: bool = False) -> Workers | None:
+    def pool(self, backbone: AskedBackbone, *, dry_run: bool = False) -> WorkerConfig | None:
         """Return the workers, None for none; an error if there cannot be such, before a backbone is loaded for them.
         A ``dry_run`` starts none.
         """
@@ -357,11 +357,11 @@ class Shares:
             if self.gpus is not None:
                 raise ConfigError("--gpus-per-worker goes with --workers or --ray")
             return None
-        from ptuning.workers.crew import SHARDED, Workers
+        from ptuning.workers.pool import SHARDED, WorkerConfig
 
         if backbone.options.shard in ("tp", "layers"):
             raise ConfigError(SHARDED)
-        workers = Workers(self.workers, self.address, self.gpus, backbone.options)
+        workers = WorkerConfig(self.workers, self.address, self.gpus, backbone.options)
         if not dry_run:
             workers.check()
         return workers

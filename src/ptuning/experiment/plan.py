@@ -27,8 +27,8 @@ from ptuning.progress import OnProgress
 from ptuning.provenance import versions
 from ptuning.report.results_file import MethodInfo, Results
 from ptuning.report.write import write_report
-from ptuning.workers.crew import Workers
-from ptuning.workers.units import Unit, WorkPart
+from ptuning.workers.jobs import Job, WorkPart
+from ptuning.workers.pool import WorkerConfig
 
 # The files of a comparison beside its cells, which each unit keeps tidy itself: others may be at work in them.
 # Settings that act in every comparison: draws, splits and the length of rows.
@@ -66,7 +66,7 @@ class PlanOptions(TypedDict, total=False):
     overwrite: bool
     dry_run: bool
     part: WorkPart | str | None
-    workers: Workers | int | None
+    workers: WorkerConfig | int | None
     command: str | None
     watch: Watch | None
 
@@ -109,7 +109,7 @@ class Plan:
     overwrite: bool = False
     dry_run: bool = False
     part: WorkPart | None = None
-    workers: Workers | None = None
+    workers: WorkerConfig | None = None
     command: str | None = None
     watch: Watch = field(default_factory=Watch)
 
@@ -144,7 +144,7 @@ class Plan:
             given["out"] = Path(given["out"])
         if isinstance(given.get("part"), str):
             given["part"] = WorkPart.parse(given["part"])
-        given["workers"] = Workers.of(given.get("workers"))
+        given["workers"] = WorkerConfig.of(given.get("workers"))
         return cls(suite, **given)
 
     @property
@@ -228,14 +228,14 @@ def run_jobs(
     return _run_and_report(suite, units, plan, collected)
 
 
-def _check_installed(suite: Suite, units: Sequence[Unit]) -> None:
+def _check_installed(suite: Suite, units: Sequence[Job]) -> None:
     """Raise a ConfigError if a cell that is left needs a package that is missing: now, not after hours of others."""
     left = (cell for cell in suite.cells_of(units) if suite.methods[cell.method].train_backbone == "lora")
-    if any(suite.load(cell) is None for cell in left):
+    if any(suite.load(cell.folder) is None for cell in left):
         check_peft()
 
 
-def _run(suite: Suite, units: Sequence[Unit], plan: Plan) -> Iterator[CellResult]:
+def _run(suite: Suite, units: Sequence[Job], plan: Plan) -> Iterator[CellResult]:
     total = sum(len(unit.folders) for unit in units)
     watch = plan.watch
     ended = suite.run(units, workers=plan.workers, report=watch.report, should_stop=watch.should_stop)
@@ -246,10 +246,10 @@ def _run(suite: Suite, units: Sequence[Unit], plan: Plan) -> Iterator[CellResult
 
 
 def _run_and_report(
-    suite: Suite, units: Sequence[Unit], plan: Plan, collected: Callable[[Sequence[CellResult]], Results]
+    suite: Suite, units: Sequence[Job], plan: Plan, collected: Callable[[Sequence[CellResult]], Results]
 ) -> Results:
     # Finished cells first: if this run is stopped before its first new cell, the file must not hold less than before.
-    found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
+    found = {cell: suite.load(cell.folder) or CellResult(cell, "waiting") for cell in suite.cells}
 
     def write() -> Results:
         results = collected(list(found.values()))

@@ -9,9 +9,9 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -54,8 +54,8 @@ from ptuning.report.results_file import FORMAT_VERSION, Cell
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
-from ptuning.workers.crew import Busy, Ended, Workers
-from ptuning.workers.units import UNIT_PROMPTS, Unit, cut, held
+from ptuning.workers.jobs import JOB_PROMPTS, Job, JobResult, JobRun, JobSet, job_lock, split_evenly
+from ptuning.workers.pool import WorkerConfig, run_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -63,42 +63,10 @@ logger = logging.getLogger(__name__)
 CHEAP_FIRST = (None, "none", "head", "lora", "full")
 
 
-@dataclass
-class _Going:
-    """One run of a suite: its callbacks, and how many cells are finished."""
-
-    report: OnProgress | None
-    should_stop: Callable[[], bool] | None
-    cells: Sequence[Cell]
-    workers: int = 1
-    finished: dict[Cell, CellResult] = dataclasses.field(default_factory=dict)
-
-    @property
-    def done(self) -> int:
-        return len(self.finished)
-
-    @property
-    def total(self) -> int:
-        return len(self.cells)
-
-    def check_stop(self) -> None:
-        """Raise Interrupted if the run is to stop."""
-        if self.should_stop is not None and self.should_stop():
-            raise Interrupted(f"stopped after {self.done} of {self.total} cells")
-
-    def tell(self, cell: Cell | None = None, note: str = "") -> None:
-        """Report how far the run is, which cell begins now or what else is to be said, and how long the others take."""
-        if self.report is not None:
-            waiting = [one for one in self.cells if one not in self.finished]
-            means = mean_seconds({cell: one.seconds for cell, one in self.finished.items() if one.status == "done"})
-            known = [means[one.method] for one in waiting if one.method in means]
-            note, untimed = note if cell is None else f"{cell.task} {cell.method}", len(waiting) - len(known)
-            left = sum(known) / min(self.workers, max(1, len(waiting)))
-            self.report(Progress("suite", self.done, self.total, note, seconds_left=left, untimed=untimed))
-
-
-class Suite:
+class Suite(JobSet[CellResult]):
     """The cells of a comparison in a folder; the arguments are as in :class:`ptuning.experiment.plan.Plan`."""
+
+    summary = RESULTS_FILE
 
     def __init__(
         self,
@@ -118,13 +86,10 @@ class Suite:
         self.backbone = backbone
         self.config = config
         self.tries = tries
-        self.worker: dict[str, Json] | None = None
-        self.summary = RESULTS_FILE
         self._random: tuple[int, Backbone] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        # A worker loads a backbone of its own.
-        return {**vars(self), "backbone": None, "_random": None}
+        return {**super().__getstate__(), "_random": None}
 
     def config_of(self, cell: Cell) -> TrainConfig:
         """Return the settings of a cell's trainings."""
@@ -145,21 +110,21 @@ class Suite:
         ]
 
     @property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[Job]:
         """The cells, cut into what one worker does alone. It depends on what is compared, and on nothing else."""
-        found: list[Unit] = []
+        found: list[Job] = []
         for (seed, method), group in itertools.groupby(self.cells, key=lambda cell: (cell.seed, cell.method)):
             same = list(group)
             if not self._trains_together(same):
-                found += [Unit(f"{cell.task} {cell.method} seed {cell.seed}", (cell.folder,)) for cell in same]
+                found += [Job(f"{cell.task} {cell.method} seed {cell.seed}", (cell.folder,)) for cell in same]
                 continue
             prompts = self.tries * self.config_of(same[0]).num_restarts
-            for number, cells in enumerate(cut(same, [prompts] * len(same), UNIT_PROMPTS), start=1):
+            for number, cells in enumerate(split_evenly(same, [prompts] * len(same), JOB_PROMPTS), start=1):
                 name = f"{method}-seed-{seed}" + (f"-{number}" if number > 1 else "")
-                found.append(Unit(name, tuple(cell.folder for cell in cells), f"{FLEETS_FOLDER}/{name}"))
+                found.append(Job(name, tuple(cell.folder for cell in cells), f"{FLEETS_FOLDER}/{name}"))
         return found
 
-    def cells_of(self, units: Sequence[Unit]) -> list[Cell]:
+    def cells_of(self, units: Sequence[Job]) -> list[Cell]:
         """Return the cells of units, in the order in which they run."""
         return [self._by_folder[folder] for unit in units for folder in unit.folders]
 
@@ -167,7 +132,7 @@ class Suite:
     def _by_folder(self) -> dict[str, Cell]:
         return {cell.folder: cell for cell in self.cells}
 
-    def check(self, units: Sequence[Unit] | None = None, *, overwrite: bool) -> None:
+    def check(self, units: Sequence[Job] | None = None, *, overwrite: bool) -> None:
         """Check that the cells of units were made with these settings; with ``overwrite`` remove the others.
 
         A FileError says what differs: settings, data or backbone.
@@ -198,9 +163,9 @@ class Suite:
 
     def run(
         self,
-        units: Sequence[Unit] | None = None,
+        units: Sequence[Job] | None = None,
         *,
-        workers: Workers | None = None,
+        workers: WorkerConfig | None = None,
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[CellResult]:
@@ -211,80 +176,75 @@ class Suite:
         interrupted (:class:`ptuning.progress.Interrupted`). A unit that another process works on is waited for.
         """
         units = self.units if units is None else units
-        going = _Going(report, should_stop, self.cells_of(units))
-        here = (result for unit in units for result in self._run_unit(unit, going))
-        for result in here if workers is None else self._spread(units, workers, going):
-            going.finished[result.cell] = result
+        run = JobRun(units, report, should_stop)
+        for ended in run_jobs(self, run, workers):
+            result = ended.value
+            assert result is not None
             if not result.was_there:
-                going.tell()
+                self._report(run)
             yield result
         with contextlib.suppress(OSError):
             (self.out / FLEETS_FOLDER).rmdir()
-        going.tell()
+        self._report(run)
 
-    def run_unit(
-        self, unit: Unit, *, report: OnProgress | None, should_stop: Callable[[], bool] | None
-    ) -> Iterator[Ended]:
-        """Run what is left of a unit, in the process of a worker."""
-        for result in self._run_unit(unit, _Going(report, should_stop, self.cells_of([unit]))):
-            yield Ended(result.cell.folder, result.error, result.seconds)
-
-    def _spread(self, units: Sequence[Unit], workers: Workers, going: _Going) -> Iterator[CellResult]:
-        from ptuning.workers.ray_crew import spread
-
-        left: list[Unit] = []
-        for unit in units:
-            done = [result for cell in self.cells_of([unit]) if (result := self.load(cell)) is not None]
-            yield from done
-            going.finished |= {result.cell: result for result in done}
-            if len(done) < len(unit.folders):
-                left.append(unit)
-
-        def tell(busy: Busy) -> None:
-            going.workers = max(1, len(busy.units))
-            going.tell(note=str(busy))
-
-        ended = spread(self, left, workers, report=going.report, tell=tell, should_stop=going.should_stop)
-        for one in ended if left else ():
-            cell = self._by_folder[one.folder]
-            if cell in going.finished:
-                continue
-            if one.error is not None:
-                yield self._failed(cell, PTuningError(one.error), seconds=one.seconds)
-            else:
-                lost = CellResult(cell, "failed", seconds=one.seconds, error="its files cannot be read")
-                yield replace(self.load(cell) or lost, was_there=False)
-
-    def _run_unit(self, unit: Unit, going: _Going) -> Iterator[CellResult]:
-        cells = self.cells_of([unit])
-        going.tell(cells[0])
-        with held(self.out, unit, going.check_stop):
-            for cell in cells:  # what killed processes left
+    def run_job(self, job: Job, run: JobRun) -> Iterator[JobResult[CellResult]]:
+        """Run the cells of a job that are left, and yield those that are there as well."""
+        cells = self.cells_of([job])
+        self._report(run, cells[0])
+        with job_lock(self.out, job, run.check_stop):
+            for cell in cells:  # left by killed processes
                 remove_stale(self.out / cell.folder, CELL)
                 mark = self.out / cell.folder / STARTED_FILE
-                if mark.exists() and self.load(cell) is not None:
+                if mark.exists() and self.load(cell.folder) is not None:
                     mark.unlink()
-            if unit.checkpoint is not None:
-                remove_stale(self.out / unit.checkpoint, FLEET_CHECKPOINT)
-                yield from self._run_together(cells, self.out / unit.checkpoint, going)
-                return
-            for cell in cells:
-                done = self.load(cell)
-                if done is None:
-                    going.check_stop()
-                yield done or self._run(cell, going)
+            if job.checkpoint is None:
+                results: Iterator[CellResult] = (self._load_or_run(cell, run) for cell in cells)
+            else:
+                remove_stale(self.out / job.checkpoint, FLEET_CHECKPOINT)
+                results = self._run_together(cells, self.out / job.checkpoint, run)
+            for result in results:
+                yield JobResult(result.cell.folder, result.error, result.seconds, result)
+
+    def collect(self, result: JobResult[Any]) -> CellResult:
+        """Return the result of a cell that a worker has run."""
+        cell = self._by_folder[result.folder]
+        if result.error is not None:
+            return self._failed(cell, PTuningError(result.error), seconds=result.seconds)
+        lost = CellResult(cell, "failed", seconds=result.seconds, error="its files cannot be read")
+        return replace(self.load(cell.folder) or lost, was_there=False)
+
+    def report_status(self, run: JobRun, status: str) -> None:
+        """Report what the workers do just now."""
+        self._report(run, note=status)
+
+    def _report(self, run: JobRun, cell: Cell | None = None, note: str = "") -> None:
+        """Report the number of finished cells, the cell that begins or a note, and the time that the others take."""
+        if run.report is not None:
+            finished = {ended.value.cell: ended.value for ended in run.done.values() if ended.value is not None}
+            waiting = [other for other in self.cells_of(run.jobs) if other not in finished]
+            means = mean_seconds({cell: result.seconds for cell, result in finished.items() if result.status == "done"})
+            known = [means[other.method] for other in waiting if other.method in means]
+            note, untimed = note if cell is None else f"{cell.task} {cell.method}", len(waiting) - len(known)
+            left = sum(known) / min(run.workers, max(1, len(waiting)))
+            run.report(Progress("suite", len(run.done), run.total, note, seconds_left=left, untimed=untimed))
+
+    def _load_or_run(self, cell: Cell, run: JobRun) -> CellResult:
+        done = self.load(cell.folder)
+        if done is None:
+            run.check_stop()
+        return done or self._run(cell, run)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
         several = len(cells) * self.tries * self.config_of(cells[0]).num_restarts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
-    def _run_together(self, cells: Sequence[Cell], place: Path, going: _Going) -> Iterator[CellResult]:
+    def _run_together(self, cells: Sequence[Cell], place: Path, run: JobRun) -> Iterator[CellResult]:
         """Train the prompts of one method and seed together, and yield their cells in the order they finish."""
-        done = {cell: result for cell in cells if (result := self.load(cell)) is not None}
+        done = {cell: result for cell in cells if (result := self.load(cell.folder)) is not None}
         yield from done.values()
         if len(done) == len(cells):
             return
-        going.tell(next(cell for cell in cells if cell not in done))
+        self._report(run, next(cell for cell in cells if cell not in done))
         runs: dict[str, TrainingRun] = {}
         owners: dict[str, Cell] = {}
         for cell in cells:
@@ -293,7 +253,7 @@ class Suite:
             elif not place.is_dir():
                 continue  # otherwise its prompts may still be in the checkpoint, and are trained to their end again
             try:
-                mine = self._prompts(cell, going)
+                mine = self._prompts(cell, run)
             except PTuningError as error:
                 if cell not in done:
                     yield self._failed(cell, error)
@@ -302,7 +262,7 @@ class Suite:
             owners |= dict.fromkeys(mine, cell)
         left = [cell for cell in dict.fromkeys(owners.values()) if cell not in done]
         try:
-            for result in self._ended(runs, owners, place, going):
+            for result in self._ended(runs, owners, place, run):
                 if result.cell in left:
                     left.remove(result.cell)
                     yield result
@@ -314,11 +274,11 @@ class Suite:
             logger.debug("the error in full", exc_info=error)
             remove(place, FLEET_CHECKPOINT)
             for cell in left:
-                going.tell(cell)
-                yield self._run(cell, going)
+                self._report(run, cell)
+                yield self._run(cell, run)
 
     def _ended(
-        self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, going: _Going
+        self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, run: JobRun
     ) -> Iterator[CellResult]:
         waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
         seconds = dict.fromkeys(waiting, 0.0)
@@ -326,7 +286,7 @@ class Suite:
         if not runs:
             return
         for name, outcome in fleet_runs(
-            runs, checkpoint=place, resume=True, report=named(going.report, place.name), should_stop=going.should_stop
+            runs, checkpoint=place, resume=True, report=named(run.report, place.name), should_stop=run.should_stop
         ):
             cell = owners[name]
             waiting[cell].remove(name)
@@ -336,28 +296,28 @@ class Suite:
                 seconds[cell] += cast("float", outcome.record["train_seconds"])
             if waiting[cell]:
                 continue
-            done = self.load(cell)
-            going.tell(cell)
+            done = self.load(cell.folder)
+            self._report(run, cell)
             if cell in failed:
                 yield self._failed(cell, failed[cell], seconds=seconds[cell])
             else:
-                yield done or self._run(cell, going, seconds=seconds[cell])
+                yield done or self._run(cell, run, seconds=seconds[cell])
 
-    def _prompts(self, cell: Cell, going: _Going) -> dict[str, TrainingRun]:
+    def _prompts(self, cell: Cell, run: JobRun) -> dict[str, TrainingRun]:
         make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
         assert make is not None, f"{cell.method} does not train together with others"
-        setup, folder = self._setup(cell, going), self.out / cell.folder
+        setup, folder = self._setup(cell, run), self.out / cell.folder
         return {
             f"{cell.task}/{prompt.name}": run_of(prompt, setup.backbone, out=folder / prompt.name, resume=True)
             for prompt in make(task, setup)
         }
 
-    def load(self, cell: Cell) -> CellResult | None:
+    def load(self, folder: str) -> CellResult | None:
         """Return the result of a finished cell; None if it is missing or damaged."""
-        folder = self.out / cell.folder
+        cell, path = self._by_folder[folder], self.out / folder
         try:
-            record = read_json(folder / RUN_FILE)
-            answers = [row.answer for row in read_answers(folder / PREDICTIONS_FILE)]
+            record = read_json(path / RUN_FILE)
+            answers = [row.answer for row in read_answers(path / PREDICTIONS_FILE)]
             if record["identity"] != self.identity(cell) or len(answers) != len(self.jobs[cell.task].test):
                 return None
             seconds = Unchecked(record).at("seconds").number()
@@ -365,11 +325,11 @@ class Suite:
         except (PTuningError, ValueError, KeyError, TypeError):
             return None
 
-    def estimates(self, units: Sequence[Unit] | None = None) -> list[CellEstimate]:
+    def estimates(self, units: Sequence[Job] | None = None) -> list[CellEstimate]:
         """Return the cells of units, by default all. Those that wait are estimated by the mean time of their method's
         finished cells.
         """
-        taken = {cell: done.seconds for cell in self.cells if (done := self.load(cell)) is not None}
+        taken = {cell: done.seconds for cell in self.cells if (done := self.load(cell.folder)) is not None}
         means = mean_seconds(taken)
         cells = self.cells if units is None else self.cells_of(units)
         return [CellEstimate(cell, cell in taken, taken.get(cell, means.get(cell.method))) for cell in cells]
@@ -425,10 +385,10 @@ class Suite:
         task = job.task_of(cell.seed)
         return {"train": task.train, "dev": task.dev, "test": job.test}
 
-    def _run(self, cell: Cell, going: _Going, *, seconds: float = 0.0) -> CellResult:
+    def _run(self, cell: Cell, run: JobRun, *, seconds: float = 0.0) -> CellResult:
         began = time.monotonic() - seconds
         try:
-            return self._fit(cell, self._setup(cell, going), began)
+            return self._fit(cell, self._setup(cell, run), began)
         except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001
@@ -444,15 +404,15 @@ class Suite:
         make_folder(self.out / cell.folder)
         write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
 
-    def _setup(self, cell: Cell, going: _Going) -> Setup:
+    def _setup(self, cell: Cell, run: JobRun) -> Setup:
         return Setup(
             self._backbone_of(cell),
             config=self.config_of(cell),
             seed=cell.seed,
             tries=self.tries,
             folder=self.out / cell.folder,
-            report=named(going.report, f"{cell.method}-seed-{cell.seed}/{cell.task}"),
-            should_stop=going.should_stop,
+            report=named(run.report, f"{cell.method}-seed-{cell.seed}/{cell.task}"),
+            should_stop=run.should_stop,
         )
 
     def _fit(self, cell: Cell, setup: Setup, began: float) -> CellResult:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
@@ -24,7 +25,7 @@ from ptuning.names import (
     remove,
     remove_stale,
 )
-from ptuning.progress import Interrupted, OnProgress, Progress
+from ptuning.progress import OnProgress, Progress
 from ptuning.provenance import versions
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
 from ptuning.training.optimizer import with_gradients
@@ -32,8 +33,8 @@ from ptuning.training.prepare import prepare
 from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.trainer import Trainer
-from ptuning.workers.crew import Busy, Ended, Workers
-from ptuning.workers.units import UNIT_PROMPTS, Unit, WorkPart, cut, held
+from ptuning.workers.jobs import JOB_PROMPTS, Job, JobResult, JobRun, JobSet, WorkPart, job_lock, split_evenly
+from ptuning.workers.pool import WorkerConfig, run_jobs
 
 # Between a prompt's name and the number of its start, if it has several starts.
 START = "#"
@@ -77,7 +78,7 @@ def train_fleet(
     should_stop: Callable[[], bool] | None = None,
     on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
     part: WorkPart | str | None = None,
-    workers: Workers | int | None = None,
+    workers: WorkerConfig | int | None = None,
     command: str | None = None,
 ) -> FleetResult:
     """Train many prompts together on one frozen backbone, with different data, templates, seeds, settings or encoders.
@@ -105,28 +106,31 @@ def train_fleet(
         Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
-    part, crew = WorkPart.parse(part) if isinstance(part, str) else part, Workers.of(workers)
-    if crew is not None:
-        crew.check()
-    units = fleet_units(prompts, at_once=at_once)
-    own = units if part is None else part.share(units)
+    part, config = WorkPart.parse(part) if isinstance(part, str) else part, WorkerConfig.of(workers)
+    if config is not None:
+        config.check()
+    jobs = fleet_jobs(prompts, at_once=at_once)
+    jobs = jobs if part is None else part.share(jobs)
     replaces = overwrite or part is not None  # other parts write into the folder, too
     runs = _prepared(
-        prompts, own, backbone, folder, command=command, resume=resume, overwrite=overwrite, replaces=replaces
+        prompts, jobs, backbone, folder, command=command, resume=resume, overwrite=overwrite, replaces=replaces
     )
     _check_frozen(runs)
     wait_for_all()  # all have looked at the folder
     if folder is not None and part is None and this_writes():
         _tidy(folder, resume=resume)
     results, failed = dict[str, TrainResult](), dict[str, str]()
-    going = _Going(at_once, resume, report, should_stop)
-    if crew is None:
-        ended = _in_turn(own, runs, folder, going)
-    elif folder is None:
+    if config is not None and folder is None:
         raise ConfigError("workers need a folder for the prompts (out)")
-    else:
-        ended = FleetWork(prompts, folder, backbone, at_once, command).spread(own, runs, crew, going)
-    for name, outcome in ended:
+    if config is not None and not resume:
+        for run in runs.values():
+            run.clear()
+        for job in jobs:
+            remove(Path(out or "") / str(job.checkpoint), FLEET_CHECKPOINT)
+    fleet = FleetJobs(prompts, folder, backbone, at_once, command, resume, runs)
+    for ended in run_jobs(fleet, JobRun(jobs, report, should_stop), config):
+        name, outcome = ended.folder, ended.value
+        assert outcome is not None
         if isinstance(outcome, TrainResult):
             results[name] = outcome
         else:
@@ -157,125 +161,100 @@ def _tidy(folder: Path, *, resume: bool) -> None:
             remove(entry, FLEET_CHECKPOINT)
 
 
-def fleet_units(prompts: Sequence[FleetPrompt], *, at_once: int = AT_ONCE) -> list[Unit]:
-    """Return the prompts, cut into what trains together. It depends on the prompts and on ``at_once`` alone."""
+def fleet_jobs(prompts: Sequence[FleetPrompt], *, at_once: int = AT_ONCE) -> list[Job]:
+    """Return the prompts, split into what trains together. It depends on the prompts and on ``at_once`` alone."""
     weights = [prompt.settings.num_restarts for prompt in prompts]
     names = [prompt.name for prompt in prompts]
+    groups = split_evenly(names, weights, max(JOB_PROMPTS, at_once)) if prompts else []
     return [
-        Unit(f"fleet {number}", tuple(some), CHECKPOINT_FOLDER + (f"-{number}" if number > 1 else ""))
-        for number, some in enumerate(cut(names, weights, max(UNIT_PROMPTS, at_once)) if prompts else (), start=1)
+        Job(f"fleet {number}", tuple(group), CHECKPOINT_FOLDER + (f"-{number}" if number > 1 else ""))
+        for number, group in enumerate(groups, start=1)
     ]
 
 
-@dataclass(frozen=True)
-class _Going:
-    """How the fleets of one call train."""
+class FleetJobs(JobSet["TrainResult | PTuningError"]):
+    """The fleets of one call. A worker prepares the prompts itself, and always resumes: what was to be replaced was
+    removed before.
+    """
 
-    at_once: int
-    resume: bool
-    report: OnProgress | None
-    should_stop: Callable[[], bool] | None
-    worker: Mapping[str, Json] | None = None
+    summary = FLEET_FILE
+    forwards_progress = False
 
-    def train(
-        self, unit: Unit, runs: Mapping[str, TrainingRun], folder: Path | None
-    ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
-        """Train the prompts of a unit together, and yield each one that has ended."""
-        checkpoint = folder / str(unit.checkpoint) if folder is not None else None
-        if checkpoint is not None and this_writes():
-            remove_stale(checkpoint, FLEET_CHECKPOINT)
-        yield from fleet_runs(
-            {name: runs[name] for name in unit.folders},
-            checkpoint=checkpoint,
-            at_once=self.at_once,
-            resume=self.resume,
-            report=self.report,
-            should_stop=self.should_stop,
-            more=self.worker,
-        )
-
-
-def _in_turn(
-    units: Sequence[Unit], runs: Mapping[str, TrainingRun], folder: Path | None, going: _Going
-) -> Iterator[tuple[str, TrainResult | PTuningError]]:
-    def taken() -> None:
-        raise TrainingError(f"another process trains prompts in {folder}; wait for its end, and go on with --resume")
-
-    for unit in units:
-        with held(folder, unit, taken) if folder is not None else contextlib.nullcontext():
-            yield from going.train(unit, runs, folder)
-
-
-@dataclass
-class FleetWork:
-    """The fleets of one call, as workers get them; what was to be replaced was removed before."""
-
-    prompts: Sequence[FleetPrompt]
-    out: Path
-    backbone: Backbone
-    at_once: int
-    command: str | None
-    worker: dict[str, Json] | None = None
-    summary: str = FLEET_FILE
+    def __init__(
+        self,
+        prompts: Sequence[FleetPrompt],
+        out: Path | None,
+        backbone: Backbone,
+        at_once: int,
+        command: str | None,
+        resume: bool,
+        runs: Mapping[str, TrainingRun],
+    ) -> None:
+        self.prompts = prompts
+        self.folder = out
+        self.out = out or Path()
+        self.backbone = backbone
+        self.at_once = at_once
+        self.command = command
+        self.resume = resume
+        self.runs: Mapping[str, TrainingRun] | None = runs
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "backbone": None}  # a worker loads its own
+        return {**super().__getstate__(), "runs": None, "resume": True}
 
-    def run_unit(
-        self, unit: Unit, *, report: OnProgress | None, should_stop: Callable[[], bool] | None
-    ) -> Iterator[Ended]:
-        """Train what is left of a unit, in the process of a worker."""
+    def run_job(self, job: Job, run: JobRun) -> Iterator[JobResult[TrainResult | PTuningError]]:
+        """Train the prompts of a job together, or what is left of them, and yield each one that has ended."""
+        in_worker = self.runs is None
 
         def waiting() -> None:
-            if should_stop is not None and should_stop():
-                raise Interrupted("stopped while another process trained the same prompts")
+            if not in_worker:
+                raise TrainingError(
+                    f"another process trains prompts in {self.out}; wait for its end, and go on with --resume"
+                )
+            run.check_stop()
 
-        about: dict[str, Json] | None = {"worker": self.worker} if self.worker is not None else None
-        going = _Going(self.at_once, True, report, should_stop, about)
-        with held(self.out, unit, waiting):
-            command = self.command
-            runs = _prepared(self.prompts, [unit], self.backbone, self.out, command=command, resume=True, replaces=True)
-            for name, outcome in going.train(unit, runs, self.out):
-                yield Ended(name, str(outcome) if isinstance(outcome, PTuningError) else None)
+        checkpoint = self.out / str(job.checkpoint) if self.folder is not None else None
+        with job_lock(self.out, job, waiting) if self.folder is not None else contextlib.nullcontext():
+            runs = self.runs or _prepared(
+                self.prompts, [job], self.backbone, self.out, command=self.command, resume=True, replaces=True
+            )
+            if checkpoint is not None and this_writes():
+                remove_stale(checkpoint, FLEET_CHECKPOINT)
+            for name, outcome in fleet_runs(
+                {name: runs[name] for name in job.folders},
+                checkpoint=checkpoint,
+                at_once=self.at_once,
+                resume=self.resume,
+                report=run.report,
+                should_stop=run.should_stop,
+                more={"worker": self.worker} if self.worker is not None else None,
+            ):
+                error = str(outcome) if isinstance(outcome, PTuningError) else None
+                yield JobResult(name, error, value=outcome)
 
-    def spread(
-        self, units: Sequence[Unit], runs: Mapping[str, TrainingRun], workers: Workers, going: _Going
-    ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
-        """Let workers train units, and yield each prompt that has ended."""
-        from ptuning.workers.ray_crew import spread
+    def load(self, folder: str) -> TrainResult | None:
+        """Return the result of a prompt that was finished before."""
+        return self.runs[folder].finished if self.runs is not None else None
 
-        for run in () if going.resume else runs.values():
-            run.clear()
-        left: list[Unit] = []
-        for unit in units:
-            if not going.resume:
-                remove(self.out / str(unit.checkpoint), FLEET_CHECKPOINT)
-            done = {name: run for name in unit.folders if (run := runs[name]).finished is not None}
-            yield from ((name, run.finished) for name, run in done.items() if run.finished is not None)
-            left += [unit] if len(done) < len(unit.folders) else []
-        ended = {name for name, run in runs.items() if run.finished is not None}
+    def collect(self, result: JobResult[Any]) -> TrainResult | PTuningError:
+        """Return the result of a prompt that a worker has trained."""
+        if result.error is not None:
+            return TrainingError(result.error)
+        prompt = next(prompt for prompt in self.prompts if prompt.name == result.folder)
+        folder = self.out / result.folder
+        trained = run_of(prompt, self.backbone, out=folder, resume=True).finished
+        return trained or TrainingError(f"the files in {folder} cannot be read")
 
-        def tell(busy: Busy) -> None:
-            if going.report is not None:
-                note = f"{len(ended)} of {len(runs)} prompts done; {busy}"
-                going.report(Progress("train", len(ended), len(runs), note))
-
-        found = spread(self, left, workers, report=None, tell=tell, should_stop=going.should_stop)
-        for one in found if left else ():
-            if one.folder in ended:
-                continue
-            ended.add(one.folder)
-            if one.error is not None:
-                yield one.folder, TrainingError(one.error)
-                continue
-            prompt = next(prompt for prompt in self.prompts if prompt.name == one.folder)
-            result = run_of(prompt, self.backbone, out=self.out / one.folder, resume=True).finished
-            yield one.folder, result or TrainingError(f"the files in {self.out / one.folder} cannot be read")
+    def report_status(self, run: JobRun, status: str) -> None:
+        """Report what the workers do just now."""
+        if run.report is not None:
+            note = f"{len(run.done)} of {run.total} prompts done; {status}"
+            run.report(Progress("train", len(run.done), run.total, note))
 
 
 def _prepared(
     prompts: Sequence[FleetPrompt],
-    units: Sequence[Unit],
+    jobs: Sequence[Job],
     backbone: Backbone,
     folder: Path | None,
     *,
@@ -284,7 +263,7 @@ def _prepared(
     overwrite: bool = False,
     replaces: bool = False,
 ) -> dict[str, TrainingRun]:
-    """Return name -> run of the prompts of units, all of them checked before anything is written; ``replaces`` says
+    """Return name -> run of the prompts of jobs, all of them checked before anything is written; ``replaces`` says
     whether anything of ours may be in the folder.
     """
     if not prompts:
@@ -296,8 +275,8 @@ def _prepared(
     if folder is not None:
         check_writable(folder, fleet_layout(names), overwrite=replaces, resume=resume)
     runs: dict[str, TrainingRun] = {}
-    own = {name for unit in units for name in unit.folders}
-    for prompt in (prompt for prompt in prompts if prompt.name in own):
+    names_of_jobs = {name for job in jobs for name in job.folders}
+    for prompt in (prompt for prompt in prompts if prompt.name in names_of_jobs):
         runs[prompt.name] = run_of(
             prompt,
             backbone,

@@ -330,10 +330,10 @@ def test_parts_say_what_collects_them(llama: str) -> None:
     ("options", "said"),
     [
         (("--part", "4/2"), "there is no part 4"),
-        (("--part", "9/9"), "there are only 2 units to share"),
+        (("--part", "9/9"), "there are only 2 jobs to share"),
         (("--part", "first"), "part 'first' is not K/N"),
         (("--gpus-per-worker", "0.5"), "--gpus-per-worker goes with --workers or --ray"),
-        (("--workers", "2", "--gpus-per-worker", "-1"), "gpus of a worker is -1"),
+        (("--workers", "2", "--gpus-per-worker", "-1"), "GPUs per worker is -1"),
         (("--workers", "2", "--model-arg", "shard=tp"), "workers have a whole backbone each: leave out shard=tp"),
         (("--model-arg", "shard=tp"), "shard=tp is for train and fleet"),
     ],
@@ -544,7 +544,8 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
         def _trains_together(self, cells: Sequence[Cell]) -> bool:
             return False
 
-        def load(self, cell: Cell) -> CellResult:
+        def load(self, folder: str) -> CellResult:
+            cell = self._by_folder[folder]
             return done(cell.task, cell.method, [1.0], was_there=True)
 
     with terminal.bar() as report:

@@ -129,7 +129,7 @@ def compare(
     explicit = [setting_name(pair.partition("=")[0]) for pair in pairs]
     varied = options.varied_by(vary, config)
     start = _started(suite, data, arguments)
-    part, crew = shares.own, shares.crew(backbone, dry_run=dry_run)
+    part, workers = shares.own, shares.pool(backbone, dry_run=dry_run)
     with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
@@ -153,10 +153,10 @@ def compare(
                 overwrite=overwrite,
                 dry_run=dry_run,
                 part=part,
-                workers=crew,
+                workers=workers,
                 command=options.command_line(),
                 watch=Watch(
-                    report=each(clock, shown(progress, crew), log),
+                    report=each(clock, shown(progress, workers), log),
                     should_stop=should_stop,
                     on_cell=on_cell,
                     on_jobs=show_jobs,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.training.train_fleet import FleetResult
-    from ptuning.workers.units import WorkPart
+    from ptuning.workers.jobs import WorkPart
 
 # A line about the slots of each of dozens of templates would bury all others.
 SHOWN_PLACES = 3
@@ -59,7 +59,7 @@ def fleet(
 
     check_resume(resume=resume, overwrite=overwrite)
     file = read_fleet(config)
-    part, crew = shares.own, shares.crew(backbone)
+    part, workers = shares.own, shares.pool(backbone)
     layout = fleet_layout(entry.name for entry in file.entries)
     check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
     prompts = read_prompts(file.entries)
@@ -82,7 +82,7 @@ def fleet(
             should_stop=should_stop,
             on_prompt=show_prompt,
             part=part,
-            workers=crew,
+            workers=workers,
             command=options.command_line(),
         )
     show(result, out, part)

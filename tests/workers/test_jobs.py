@@ -1,4 +1,4 @@
-"""Units of work, the parts that a command is divided into, and who holds a unit."""
+"""Jobs, the parts that a command is divided into, and the lock of a job."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ptuning.errors import ConfigError
 from ptuning.progress import Interrupted
-from ptuning.workers.units import Unit, WorkPart, cut, held
+from ptuning.workers.jobs import Job, WorkPart, job_lock, split_evenly
 
-UNITS = [Unit(f"unit {number}", (f"cells/{number}",)) for number in range(7)]
+JOBS = [Job(f"job {number}", (f"cells/{number}",)) for number in range(7)]
 
 
 @pytest.mark.parametrize("text", ["3/16", " 3 / 16 "])
@@ -46,23 +46,23 @@ def test_a_part_that_cannot_be_is_refused(text: str, said: str) -> None:
 
 
 @given(st.integers(1, 7))
-def test_parts_have_every_unit_once_and_about_equally_many(of: int) -> None:
-    shares = [WorkPart(number, of).share(UNITS) for number in range(1, of + 1)]
-    assert sorted(unit.name for share in shares for unit in share) == sorted(unit.name for unit in UNITS)
+def test_parts_have_every_job_once_and_about_equally_many(of: int) -> None:
+    shares = [WorkPart(number, of).share(JOBS) for number in range(1, of + 1)]
+    assert sorted(job.name for share in shares for job in share) == sorted(job.name for job in JOBS)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_more_parts_than_units_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"part 2/8: there are only 7 units to share .* so give 7 parts or fewer"):
-        WorkPart(2, 8).share(UNITS)
-    with pytest.raises(ConfigError, match=r"part 2/2: there is only one unit to share .* so leave out the part"):
-        WorkPart(2, 2).share(UNITS[:1])
+def test_more_parts_than_jobs_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"part 2/8: there are only 7 jobs to share"):
+        WorkPart(2, 8).share(JOBS)
+    with pytest.raises(ConfigError, match=r"part 2/2: there are only 1 jobs to share"):
+        WorkPart(2, 2).share(JOBS[:1])
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 20))
 def test_items_are_cut_in_their_order_and_none_is_lost(weights: list[int], most: int) -> None:
     items = list(range(len(weights)))
-    runs = cut(items, weights, most)
+    runs = split_evenly(items, weights, most)
     assert [item for run in runs for item in run] == items
     for run in runs:
         assert len(run) == 1 or sum(weights[item] for item in run) <= most
@@ -70,18 +70,18 @@ def test_items_are_cut_in_their_order_and_none_is_lost(weights: list[int], most:
 
 @given(st.integers(1, 100), st.integers(1, 5))
 def test_runs_of_equal_items_are_few_and_about_equally_long(count: int, weight: int) -> None:
-    sizes = [len(run) for run in cut(range(count), [weight] * count, 16)]
+    sizes = [len(run) for run in split_evenly(range(count), [weight] * count, 16)]
     assert len(sizes) == -(-count // (16 // weight))
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_unit_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_job_is_locked_by_one_process_at_a_time(tmp_path: Path) -> None:
     """Another one waits, and can be stopped while it does; the end of a process lets go of its unit."""
-    unit = Unit("both", ("cells/a", "cells/b"))
+    job = Job("both", ("cells/a", "cells/b"))
     begun, go_on = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork").Event()
 
     def hold() -> None:
-        with held(tmp_path, unit, lambda: None):
+        with job_lock(tmp_path, job, lambda: None):
             begun.set()
             go_on.wait(60)
 
@@ -92,9 +92,9 @@ def test_a_unit_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     def stop() -> None:
         raise Interrupted("stopped")
 
-    with pytest.raises(Interrupted), held(tmp_path, Unit("one", ("cells/b",)), stop):
+    with pytest.raises(Interrupted), job_lock(tmp_path, Job("one", ("cells/b",)), stop):
         pytest.fail("the block must not begin")
-    with held(tmp_path, Unit("other", ("cells/c",)), stop):
+    with job_lock(tmp_path, Job("other", ("cells/c",)), stop):
         pass
     asked: list[int] = []
 
@@ -102,6 +102,6 @@ def test_a_unit_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
         asked.append(1)
         go_on.set()
 
-    with held(tmp_path, unit, let_go):
+    with job_lock(tmp_path, job, let_go):
         assert asked
     process.join(60)
