@@ -26,8 +26,7 @@ from ptuning.prompt import score
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records, references_of
-from ptuning.report.cell_files import read_answers
-from ptuning.report.results_file import Results
+from ptuning.report.results_file import Results, read_answers
 from ptuning.template.language import Template
 
 WORDS = ("yes", "good", "great", "bad")

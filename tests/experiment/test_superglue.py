@@ -153,7 +153,7 @@ def test_every_method_on_every_kind_of_task(causal: Backbone, few: Path, tmp_pat
         assert (row["dev"], row["test"]) == (record["chosen"]["dev_score"], sum(hits) / len(hits))
     page = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     assert "macro F1" in page
-    assert "Development against reported score" in page
+    assert "Development and reported score" in page
     assert "ReCoRD: there is no validation part" in page
 
 

@@ -410,7 +410,7 @@ def results() -> dict[str, Any]:
     return found
 
 
-DRAWN = ("Written against learned", "Learning curves")
+DRAWN = ("Manual and learned prompt", "Learning curves")
 
 
 def reports(draw: Draw) -> None:

@@ -57,7 +57,7 @@ def test_the_picture_stands_in_the_report_and_says_what_it_shows(labelled: Path)
     (picture,) = section(read_results(labelled))
     assert isinstance(picture, Picture)
     assert "Counts are sums over 2 seeds" in picture.caption
-    assert "p-tuning: billing taken for shipping 2 times" in picture.alt
+    assert "p-tuning: billing predicted as shipping 2 times" in picture.alt
     write_report(labelled)
     assert (labelled / "pictures" / "confusion-1.svg").is_file()
 

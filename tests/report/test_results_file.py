@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ptuning.errors import FileError
-from ptuning.files import Unchecked
 from ptuning.metrics import Answer
-from ptuning.report.cell_files import AnsweredRow, read_answers, read_curve, write_answers
 from ptuning.report.results_file import (
     Agreement,
+    AnsweredRow,
     Cell,
     CellRecord,
     ChosenSetting,
@@ -22,7 +22,10 @@ from ptuning.report.results_file import (
     Results,
     ScoreWithSpread,
     TrainingWarning,
+    read_answers,
+    read_curve,
     read_results,
+    write_answers,
 )
 from ptuning.statistics import Score
 
@@ -48,14 +51,25 @@ ALL = Results(
 )
 
 
-def read(value: Any) -> Results:
-    return Results.from_json(Unchecked(value, "results.json is damaged"))
+def read(folder: Path, value: Any) -> Results:
+    (folder / "results.json").write_text(json.dumps(value), encoding="utf-8")
+    return read_results(folder)
 
 
-def test_what_is_written_is_what_is_read() -> None:
-    written = json.dumps(ALL.to_json())
-    assert read(json.loads(written)) == ALL
-    assert json.dumps(read(json.loads(written)).to_json()) == written
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    value = ALL.to_json()
+    again = read(tmp_path, value)
+    assert again == replace(ALL, folder=tmp_path)
+    assert again.to_json() == value
+    # Keys that were added later have a default.
+    short: Any = json.loads(json.dumps(value))
+    short["methods"] = {"manual": {"describe": "words"}}
+    del short["tasks"]["CB"]["p-tuning"]["accuracy"]["lowest"]
+    again = read(tmp_path, short)
+    assert again.methods == {"manual": MethodInfo("words", trained=False, learns_slots=False)}
+    assert again.tasks["CB"]["p-tuning"]["accuracy"].lowest is None
+    Results("lama", folder=tmp_path).write()
+    assert read_results(tmp_path) == Results("lama", folder=tmp_path, cells=[])
 
 
 def test_the_keys_of_the_file_and_their_order() -> None:
@@ -85,46 +99,43 @@ def test_the_keys_of_the_file_and_their_order() -> None:
     assert not {"agreement", "warnings", "folder"} & Results("lama").to_json().keys()
 
 
-def test_a_file_without_later_keys_is_read() -> None:
-    """Files from before a key was added take its default."""
-    value: Any = ALL.to_json()
-    value["methods"] = {"manual": {"describe": "words"}}
-    del value["tasks"]["CB"]["p-tuning"]["accuracy"]["lowest"]
-    found = read(value)
-    assert found.methods == {"manual": MethodInfo("words", trained=False, learns_slots=False)}
-    assert found.tasks["CB"]["p-tuning"]["accuracy"].lowest is None
-
-
 @pytest.mark.parametrize(
-    ("keys", "wrong", "message"),
+    ("keys", "wrong", "named"),
     [
-        (("agreement", "cells", 0, "dev"), None, r"'agreement\.cells #1\.dev' must be a number, and is null"),
-        (("methods", "manual", "trained"), 1, r"'methods\.manual\.trained' must be true or false, and is 1"),
-        (("cells", 1, "status"), "lost", r"'cells #2\.status' must be one of done, failed, waiting, and is \"lost\""),
-        (("cells", 1, "run"), "/tmp", r"'cells #2\.run' must be a folder inside that of the results, and is \"/tmp\""),
+        (("format_version",), 2, "format_version 2"),
+        (("cells",), None, "cells"),
+        (("tasks",), [], "tasks"),
+        (("agreement", "cells", 0, "dev"), None, r"agreement\.cells #1\.dev"),
+        (("methods", "manual", "trained"), 1, r"methods\.manual\.trained"),
+        (("cells", 0, "task"), 3, r"cells #1\.task"),
+        (("cells", 0, "seed"), 0.5, r"cells #1\.seed"),
+        (("cells", 0, "seed"), 10**400, r"cells #1\.seed"),
+        (("cells", 0, "seed"), True, r"cells #1\.seed"),
+        (("cells", 1, "status"), "lost", r"cells #2\.status"),
+        (("cells", 1, "run"), "/tmp", r"cells #2\.run"),
+        (("cells", 1, "run"), "../elsewhere", r"cells #2\.run"),
+        (("macro", "p-tuning", "accuracy", "low"), float("nan"), "not finite"),
     ],
 )
-def test_a_wrong_value_is_named(keys: tuple[str | int, ...], wrong: object, message: str) -> None:
+def test_a_wrong_value_is_named(keys: tuple[str | int, ...], wrong: object, named: str, tmp_path: Path) -> None:
     value: Any = json.loads(json.dumps(ALL.to_json()))
     inner = value
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = wrong
-    with pytest.raises(FileError, match=rf"^results\.json is damaged: {message}$"):
-        read(value)
+    with pytest.raises(FileError, match=rf"results\.json.*{named}"):
+        read(tmp_path, value)
 
 
-def test_the_file_is_written_and_found(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"there is no .*results\.json; a report is built from the folder"):
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"results\.json"):
         read_results(tmp_path)
-    Results("lama", folder=tmp_path).write()
-    assert read_results(tmp_path) == Results("lama", folder=tmp_path, cells=[])
 
 
 def test_answers_are_read_back(tmp_path: Path) -> None:
     rows = [
         AnsweredRow({"x": "Kenya", "y": "yes"}, "yes", Answer("no", False, 2, -1.5)),
-        AnsweredRow({"x": "a"}, None, Answer("", False, None, float("-inf")), {"p": 1}, "g", ["yes", "no"]),
+        AnsweredRow({"x": "a"}, None, Answer("", False, None, float("-inf")), {"p": 1}, "g", ("yes", "no")),
         AnsweredRow({"x": "a"}, "b", Answer("b", False, known=False)),
     ]
     path = tmp_path / "predictions.jsonl"
@@ -143,11 +154,11 @@ def test_answers_are_read_back(tmp_path: Path) -> None:
         "yes",
         None,
         None,
-        [],
+        (),
     )
-    assert (second.target, second.idx, second.group, second.choices) == (None, {"p": 1}, "g", ["yes", "no"])
+    assert (second.target, second.idx, second.group, second.choices) == (None, {"p": 1}, "g", ("yes", "no"))
     path.write_text('{"record": {}, "hit": "yes"}\n', encoding="utf-8")
-    with pytest.raises(FileError, match=r"predictions\.jsonl, row 1 is damaged: 'hit' must be true or false"):
+    with pytest.raises(FileError, match=r"predictions\.jsonl, row 1.*hit"):
         read_answers(path)
 
 
@@ -160,7 +171,7 @@ def test_a_learning_curve_begins_at_the_start(tmp_path: Path) -> None:
     path.write_text(json.dumps(record), encoding="utf-8")
     assert read_curve(tmp_path) == [(0, 0.25), (1, 0.5)]
     path.write_text(json.dumps({**record, "history": [{"epoch": "one"}]}), encoding="utf-8")
-    with pytest.raises(FileError, match=r"run\.json is damaged: 'history #1\.epoch' must be a whole number"):
+    with pytest.raises(FileError, match=r"run\.json.*history #1\.epoch"):
         read_curve(tmp_path)
 
 
@@ -188,12 +199,3 @@ def test_methods_and_finished_cells_are_found_without_a_search_through_all() -> 
         results.done("manual", task)
         assert results.pair
     assert Counted.seen <= 2
-
-
-@pytest.mark.parametrize("value", [10**400, -(10**400), True, "1"])
-def test_a_number_too_large_to_compute_with_is_damage(tmp_path: Path, value: object) -> None:
-    content: dict[str, Any] = ALL.to_json()
-    cells = [{**cell, "seed": value} for cell in content["cells"]]
-    (tmp_path / "results.json").write_text(json.dumps({**content, "cells": cells}), encoding="utf-8")
-    with pytest.raises(FileError, match=r"'cells #1\.seed' must be a whole number"):
-        read_results(tmp_path)

@@ -109,15 +109,13 @@ def test_spreads_over_seeds_are_short_lines(lama: Path) -> None:
 
 
 def test_too_few_choices_have_no_correlation(lama: Path) -> None:
-    """An older file may have one of two pairs, which is 1 or -1."""
     cells = [{"task": "P36", "method": "manual", "seed": seed, "dev": 0.5, "test": 0.4} for seed in range(4)]
     found = {"cells": cells, "correlation": 1.0, "mean_gap": 0.1}
     change(lama, lambda results: results.update(agreement=found))
-    said = "There are too few runs for a rank correlation with the reported score, 5 at least (n = 4 runs), and"
-    assert said in page_of(lama).text
+    assert "too few runs for a rank correlation with the reported score, 5 at least (n = 4 runs)" in page_of(lama).text
     cells.append(cells[0])
     change(lama, lambda results: results.update(agreement=found))
-    assert "is subtracted, is 1.00 (n = 5 runs)" in page_of(lama).text.replace("means are", "means is")
+    assert "is 1.00 (n = 5 runs" in page_of(lama).text
 
 
 def test_equal_values_have_no_interval(lama: Path) -> None:

@@ -6,9 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -98,46 +96,19 @@ def test_the_page_needs_nothing_but_itself(lama: Path) -> None:
 
 def test_pictures_of_an_earlier_report_do_not_stay(lama: Path) -> None:
     write_report(lama)
-    (lama / "results.json").write_text((lama / "results.json").read_text("utf-8"), "utf-8")
+    change(lama, lambda found: found.update(tasks={}))
     write_report(lama)
-    assert sorted(path.name for path in (lama / "pictures").iterdir()) == ["curves.svg", "dots.svg"]
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda found: found.update(format_version=2), "has format_version 2, and this version of ptuning reads 1"),
-        (lambda found: found.pop("cells"), "is damaged: it has no cells; run the benchmark again"),
-        (lambda found: found.update(tasks=[]), "'tasks' must be a table of names and values, and is []"),
-        (lambda found: found.update(cells={}), "'cells' must be a list, and is {}"),
-        (lambda found: found["cells"][0].pop("task"), "'cells #1.task' must be text in quotation marks, and is null"),
-        (lambda found: found["cells"][0].update(status="lost"), 'must be one of done, failed, waiting, and is "lost"'),
-        (lambda found: found["cells"][0].update(run="../elsewhere"), "must be a folder inside that of the results"),
-        (lambda found: found["cells"][0].update(seed=0.5), "'cells #1.seed' must be a whole number, and is 0.5"),
-        (
-            lambda found: found["macro"]["manual"]["mrr"].update(low=float("nan")),
-            "'macro.manual.mrr.low' must be a number, and is NaN",
-        ),
-    ],
-)
-def test_a_damaged_file_is_an_error(compare: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
-    change(compare, edit)
-    with pytest.raises(FileError, match=re.escape(message)):
-        write_report(compare)
-    assert not (compare / "report.html").exists()
+    assert sorted(path.name for path in (lama / "pictures").iterdir()) == ["curves.svg"]
 
 
 def test_a_missing_or_cut_file_is_an_error(compare: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"there is no .*results\.json; a report is built from the folder"):
+    with pytest.raises(FileError, match=r"results\.json"):
         write_report(tmp_path / "nothing")
-    predictions = compare / "cells" / "P36" / "p-tuning" / "seed-0" / "predictions.jsonl"
-    predictions.write_bytes(predictions.read_bytes()[:-20])
-    with pytest.raises(FileError, match=r"predictions\.jsonl is not valid JSONL .*; it is damaged or was cut off"):
-        write_report(compare)
-    results = compare / "results.json"
-    results.write_bytes(results.read_bytes()[:-20])
-    with pytest.raises(FileError, match=r"results\.json is not valid JSON .*; it is damaged or was cut off"):
-        write_report(compare)
+    for path in (compare / "cells" / "P36" / "p-tuning" / "seed-0" / "predictions.jsonl", compare / "results.json"):
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(FileError, match=rf"{path.name}.*cut off"):
+            write_report(compare)
+    assert not (compare / "report.html").exists()
 
 
 def test_matplotlib_and_jinja_are_loaded_only_when_a_report_is_made() -> None:

@@ -16,8 +16,7 @@ from ptuning.metrics import Answer, most_of, primary, score_values
 from ptuning.metrics.generation import measure_texts
 from ptuning.names import RUN_FILE, STARTED_FILE
 from ptuning.records import Record, Records
-from ptuning.report.cell_files import AnsweredRow
-from ptuning.report.results_file import Cell, CellRecord, Status
+from ptuning.report.results_file import AnsweredRow, Cell, CellRecord, Status
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
 from ptuning.training.identity import RECIPE_NAME
 

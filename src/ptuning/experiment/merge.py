@@ -16,8 +16,16 @@ from ptuning.files import Json
 from ptuning.metrics import score_values
 from ptuning.names import PREDICTIONS_FILE
 from ptuning.records import TARGET_FIELD, Record
-from ptuning.report.cell_files import AnsweredRow, read_answers
-from ptuning.report.results_file import Agreement, Cell, CellRecord, MethodInfo, Results, read_results
+from ptuning.report.results_file import (
+    Agreement,
+    AnsweredRow,
+    Cell,
+    CellRecord,
+    MethodInfo,
+    Results,
+    read_answers,
+    read_results,
+)
 from ptuning.statistics import value_of
 
 # What the rows of a task are, which folders with the same test rows share.

@@ -49,8 +49,7 @@ from ptuning.names import (
 )
 from ptuning.progress import Interrupted, OnProgress, Progress, named
 from ptuning.provenance import described, versions
-from ptuning.report.cell_files import read_answers, write_answers
-from ptuning.report.results_file import FORMAT_VERSION, Cell
+from ptuning.report.results_file import FORMAT_VERSION, Cell, read_answers, write_answers
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of

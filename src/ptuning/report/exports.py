@@ -39,22 +39,22 @@ PLAIN = str.maketrans({"\N{NO-BREAK SPACE}": " ", "\N{MINUS SIGN}": "-"})
 
 def table_files(page: Page, formats: Iterable[Format]) -> dict[str, str]:
     """Return the file name and the text of every table of a page, folded ones too, in the page's numbers."""
-    found = {}
-    sections = [(section.heading, section.anchor, table) for section in page.sections for table in _of(section.blocks)]
-    for number, (heading, anchor, table) in enumerate(sections, start=1):
-        name = f"table-{number:02d}-{anchor}"
+    files = {}
+    tables = [(section, table) for section in page.sections for table in _tables(section.blocks)]
+    for number, (section, table) in enumerate(tables, start=1):
+        name = f"{number:02d}-{section.anchor}"
         for form in formats:
             ending, write = FORMATS[form]
-            found[f"{name}{ending}"] = write(table, heading, f"{number:02d}-{anchor}")
-    return found
+            files[f"table-{name}{ending}"] = write(table, section.heading, name)
+    return files
 
 
-def _of(blocks: Sequence[Block]) -> Iterator[Table]:
+def _tables(blocks: Sequence[Block]) -> Iterator[Table]:
     for block in blocks:
         if isinstance(block, Table):
             yield block
         elif isinstance(block, Fold):
-            yield from _of(block.blocks)
+            yield from _tables(block.blocks)
 
 
 def latex(text: str) -> str:
@@ -95,46 +95,34 @@ def _latex_table(table: Table, _: str, label: str) -> str:
 
 def _latex_entry(entry: Entry, table: Table) -> str:
     text = rf"\textbf{{{latex(entry.text)}}}" if entry.best else latex(entry.text)
-    small = [rf"{{\scriptsize {latex(one)}}}" for one in entry.small]
-    if not small:
-        return text
-    if not table.numbers:
+    small = [rf"{{\scriptsize {latex(line)}}}" for line in entry.small]
+    if not small or not table.numbers:
         return "; ".join([text, *small])
+    align = "l" if entry.score is None else "r"
     lines = r" \\ ".join([text, *small])
-    return rf"\begin{{tabular}}[t]{{@{{}}{'l' if entry.score is None else 'r'}@{{}}}}{lines}\end{{tabular}}"
+    return rf"\begin{{tabular}}[t]{{@{{}}{align}@{{}}}}{lines}\end{{tabular}}"
 
 
 def _csv_table(table: Table, heading: str, _: str) -> str:
     """Write a table with a column for each number of a score: fractions, not percentages."""
+    columns: dict[str, list[object]] = {PAGE_MARKS[".csv"].rstrip(","): [heading for _ in table.rows]}
+    for at, name in enumerate(table.columns):
+        entries = [row[at] for row in table.rows]
+        scores = [entry.score for entry in entries]
+        if not any(scores):
+            columns[name or "name"] = [re.sub("^–$", "", entry.text.translate(PLAIN)) for entry in entries]
+            if any(entry.small for entry in entries):
+                columns[f"{name or 'name'}, more"] = ["; ".join(entry.small).translate(PLAIN) for entry in entries]
+            continue
+        spread = any(isinstance(score, ScoreWithSpread) and score.std is not None for score in scores)
+        for field in ("value", "low", "high", "n", *(("std", "lowest", "seeds") if spread else ())):
+            column = name if field == "value" else f"{name} {field}"
+            columns[column] = [getattr(score, field, None) for score in scores]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = list(zip(*table.rows, strict=True)) if table.rows else [()] * len(table.columns)
-    parts = [_parts(name or "name", entries) for name, entries in zip(table.columns, columns, strict=True)]
-    writer.writerow([PAGE_MARKS[".csv"].rstrip(","), *(name for part in parts for name in part)])
-    for row in table.rows:
-        writer.writerow([heading, *(read(one) for one, part in zip(row, parts, strict=True) for read in part.values())])
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
     return out.getvalue()
-
-
-def _parts(name: str, entries: Sequence[Entry]) -> dict[str, Callable[[Entry], str | float | int | None]]:
-    """Return the CSV columns of a column: name -> what an entry has there."""
-    if not any(entry.score for entry in entries):
-        parts: dict[str, Callable[[Entry], str | float | int | None]] = {name: lambda entry: _plain(entry.text)}
-        if any(entry.small for entry in entries):
-            parts[f"{name}, more"] = lambda entry: _plain("; ".join(entry.small))
-        return parts
-    fields = ["value", "low", "high", "n"]
-    if any(isinstance(entry.score, ScoreWithSpread) and entry.score.std is not None for entry in entries):
-        fields += ["std", "lowest", "seeds"]
-    return {name if field == "value" else f"{name} {field}": _field(field) for field in fields}
-
-
-def _field(name: str) -> Callable[[Entry], str | float | int | None]:
-    return lambda entry: getattr(entry.score, name, None)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"^–$", "", text.translate(PLAIN))
 
 
 # Ending and writer of each format.

@@ -87,23 +87,23 @@ def matrices(panels: Mapping[str, Confusion], *, name: str) -> str:
     """
     from matplotlib.colors import LinearSegmentedColormap
 
-    size = max(len(one.labels) for one in panels.values())
+    size = max(len(matrix.labels) for matrix in panels.values())
     columns = min(2, len(panels)) if size <= MOST_BESIDE else 1
     lines = -(-len(panels) // columns)
     shades = LinearSegmentedColormap.from_list("shares", ["#ffffff", COLOURS[1]])
     with _canvas(name, height=(0.24 * size + 0.75) * lines) as (figure, svg):
         grid = figure.subplots(lines, columns, squeeze=False)
-        for place, (axes, (method, one)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-            shares = [[count / max(1, sum(row)) for count in row] for row in one.counts]
+        for place, (axes, (method, matrix)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+            shares = [[count / max(1, sum(row)) for count in row] for row in matrix.counts]
             axes.pcolormesh(shares, cmap=shades, vmin=0, vmax=1, edgecolors="white", linewidth=1.0)
-            for at, column in itertools.product(range(len(one.labels)), repeat=2):
+            for at, column in itertools.product(range(len(matrix.labels)), repeat=2):
                 colour = "white" if shares[at][column] > 0.5 else INK
-                text = f"{one.counts[at][column]:,}" if one.counts[at][column] else ""
+                text = f"{matrix.counts[at][column]:,}" if matrix.counts[at][column] else ""
                 axes.text(column + 0.5, at + 0.5, text, color=colour, ha="center", va="center", fontsize=7.5)
-            numbers = [str(number) for number in range(1, len(one.labels) + 1)]
-            cut = [_cut(label, LABEL_CHARACTERS // 2) for label in one.labels]
+            numbers = [str(number) for number in range(1, len(matrix.labels) + 1)]
+            cut = [_cut(label, LABEL_CHARACTERS // 2) for label in matrix.labels]
             names = [f"{label} {number}" for label, number in zip(cut, numbers, strict=True)]
-            middle = [at + 0.5 for at in range(len(one.labels))]
+            middle = [at + 0.5 for at in range(len(matrix.labels))]
             axes.set_xticks(middle, numbers, fontsize=8)
             axes.set_yticks(middle, names if place % columns == 0 else numbers, fontsize=8)
             axes.tick_params(length=0)

@@ -1,6 +1,6 @@
-"""The schema of ``results.json``: one data class for each part, whose fields are the keys of the file.
+"""The files of a comparison: ``results.json`` (:class:`Results`) and those of a cell, with one class for each part.
 
-:class:`Results` is the whole file. Experiments fill it in and write it; the report reads it.
+Experiments fill the classes in and write them; pydantic checks what the report reads.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from ptuning.errors import FileError
-from ptuning.files import Json, Unchecked, read_json, write_json
-from ptuning.metrics import primary
-from ptuning.names import CELLS_FOLDER, LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE, is_folder_name
+from ptuning.files import (
+    FileModel,
+    Json,
+    WholeNumber,
+    read_json,
+    read_json_lines,
+    validate,
+    write_json,
+    write_json_lines,
+)
+from ptuning.metrics import Answer, primary
+from ptuning.names import CELLS_FOLDER, LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE, is_folder_name
+from ptuning.records import References, plain
 from ptuning.statistics import Score
 
 FORMAT_VERSION = 1
-AGAIN = "run the benchmark again"  # the advice about a damaged file
+AGAIN = "run the comparison again"  # the advice about a damaged file
 Status = Literal["done", "failed", "waiting"]
-# The methods of the written prompt. A run that lacks the first is compared with the second.
+# The methods of the manual prompt. A run without the first is compared with the second.
 WRITTEN = (MANUAL, "manual-restricted")
 
 
@@ -47,7 +57,7 @@ class Cell:
 
     task: str
     method: str
-    seed: int
+    seed: WholeNumber
 
     @property
     def folder(self) -> str:
@@ -63,10 +73,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellRecord(Cell):
-    """The outcome of a cell: scores on the test part by name, and the fields of a cell's result.
+    """The outcome of a cell: its scores on the test part by name.
 
     ``n`` is the number of test records, or of groups of them that are scored together, ``seconds`` the time taken by
-    the start that finished it, ``tried`` how many settings were compared on the development part, and ``run`` the
+    the start that finished it, ``tried`` the number of settings compared on the development part, and ``run`` the
     folder of its files, relative to that of the results.
     """
 
@@ -118,15 +128,15 @@ class TrainingWarning(Cell):
 
 @dataclass(frozen=True)
 class Results:
-    """The results of an experiment.
+    """The results of a comparison.
 
     Args:
         suite: ``compare``, ``lama`` or ``superglue``.
         backbone: Name, fingerprint, size and the like of the backbone.
-        settings: Every setting of the experiment and of training.
+        settings: The settings of the comparison, and those of training that act on one of its methods.
         task_info: Task -> templates, data and the like.
         methods: Method -> what it is.
-        warnings: Warnings of trainings; None unless the experiment gathers them.
+        warnings: Warnings of trainings; None unless the suite gathers them.
         cells: All cells, those waiting and failed included.
         tasks: Task -> method -> score on its test part.
         macro: Method -> score: means over the tasks.
@@ -138,10 +148,10 @@ class Results:
 
     suite: str
     command: str | None = None
-    backbone: Mapping[str, Json] = field(default_factory=dict)
-    settings: Mapping[str, Json] = field(default_factory=dict)
-    versions: Mapping[str, Json] = field(default_factory=dict)
-    task_info: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    task_info: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     methods: Mapping[str, MethodInfo] = field(default_factory=dict)
     agreement: Agreement | None = None
     warnings: Sequence[TrainingWarning] | None = None
@@ -154,22 +164,10 @@ class Results:
     folder: Path = Path()
 
     def to_json(self) -> dict[str, Json]:
-        """Return the content of ``results.json``; a part that this experiment does not have is left out."""
+        """Return the content of ``results.json``; a part that this comparison does not have is left out."""
         left_out = {name for name in ("agreement", "warnings", "by_value") if getattr(self, name) in (None, {})}
-        found = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        return {name: value for name, value in found.items() if name not in {"folder", *left_out}}
-
-    @classmethod
-    def from_json(cls, value: Unchecked, *, folder: Path = Path()) -> Results:
-        """Read what :meth:`to_json` returned; raise FileError if a part is missing or is not what it must be."""
-        missing = [name for name in ("suite", "cells", "tasks") if name not in value.mapping()]
-        if missing:
-            raise value.failure(f"it has no {', '.join(missing)}")
-        for one in value.at("cells").items():
-            path = PurePosixPath(one.at("run").text())
-            if path.is_absolute() or ".." in path.parts:
-                raise one.at("run").wrong("a folder inside that of the results")
-        return value.to(cls, folder=folder)
+        value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {name: part for name, part in value.items() if name not in {"folder", *left_out}}
 
     def write(self) -> None:
         """Write ``results.json``."""
@@ -178,7 +176,7 @@ class Results:
     @property
     def failed(self) -> list[CellRecord]:
         """The cells that failed."""
-        return [one for one in self.cells if one.status == "failed"]
+        return [cell for cell in self.cells if cell.status == "failed"]
 
     @property
     def primary(self) -> str:
@@ -203,30 +201,31 @@ class Results:
     @property
     def shown_types(self) -> Mapping[str, ScoreTable]:
         """The scores by type of relation; none if all tasks are of one type, whose means those over all tasks are."""
-        counts = [score.n for table in self.by_type.values() for found in table.values() for score in found.values()]
+        counts = [score.n for table in self.by_type.values() for row in table.values() for score in row.values()]
         return {} if len(self.by_type) == 1 and max(counts, default=0) >= len(self.tasks) else self.by_type
 
     @property
     def pair(self) -> tuple[str, str]:
         """The methods of the written and of the learned prompt, as far as this run has them."""
         controls = set(self.controls)
-        learned = [name for name, one in self.methods.items() if one.learns_slots and name not in controls]
+        learned = [name for name, method in self.methods.items() if method.learns_slots and name not in controls]
         written = next((name for name in WRITTEN if name in self.overall), MANUAL)
         return written, next((name for name in learned if name in self.overall), LEARNED)
 
     @property
     def ranked(self) -> list[str]:
         """The methods by their primary score over all tasks, the best first."""
-        scores = {method: found[self.primary].value for method, found in self.overall.items() if self.primary in found}
+        name = self.primary
+        scores = {method: scores[name].value for method, scores in self.overall.items() if name in scores}
         return sorted(scores, key=lambda method: -scores[method])
 
-    def difference(self, one: str, other: str, score: str) -> Score | None:
-        """Return a paired difference of two methods, whichever way round the file has it; None if it has none."""
-        found = self.differences.get(f"{one} - {other}", {}).get(score)
-        if found is None:
-            back = self.differences.get(f"{other} - {one}", {}).get(score)
-            found = None if back is None else Score(-back.value, -back.high, -back.low, back.n)
-        return found
+    def difference(self, first: str, second: str, score: str) -> Score | None:
+        """Return a paired difference of two methods, in either direction of the file; None if it has none."""
+        difference = self.differences.get(f"{first} - {second}", {}).get(score)
+        back = self.differences.get(f"{second} - {first}", {}).get(score)
+        if difference is None and back is not None:
+            return Score(-back.value, -back.high, -back.low, back.n)
+        return difference
 
     @property
     def controls(self) -> list[str]:
@@ -234,20 +233,21 @@ class Results:
         return [name for name in self.ordered(self.overall) if name.endswith(RANDOM_WEIGHTS)]
 
     def best_first(self, names: Iterable[str]) -> list[str]:
-        """Return names of methods, each once, the best over all tasks first: what a narrow screen shows of a table."""
-        found, ranked = self.ordered(names), self.ranked
-        return sorted(found, key=lambda name: ranked.index(name) if name in ranked else len(ranked))
+        """Return names of methods, each once, the best over all tasks first."""
+        ranked = self.ranked
+        return sorted(self.ordered(names), key=lambda name: ranked.index(name) if name in ranked else len(ranked))
 
     def ordered(self, names: Iterable[str]) -> list[str]:
-        """Return names of methods, each once, in the order in which the file lists the methods."""
+        """Return names of methods, each once, in the order of the file."""
         present = dict.fromkeys(names)
-        listed = self._listed
-        return [*(name for name in listed if name in present), *(name for name in present if name not in listed)]
+        return [
+            *(name for name in self._listed if name in present),
+            *(name for name in present if name not in self._listed),
+        ]
 
     @functools.cached_property
     def _listed(self) -> Mapping[str, None]:
-        """The methods in the order of the file, each once."""
-        return dict.fromkeys([*self.methods, *(one.method for one in self.cells)])
+        return dict.fromkeys([*self.methods, *(cell.method for cell in self.cells)])
 
     def named(self, task: str) -> str:
         """Return the name of a task with its label."""
@@ -261,12 +261,12 @@ class Results:
     @functools.cached_property
     def _done(self) -> Mapping[tuple[str, str | None], list[CellRecord]]:
         """Method and task, or method and None for all tasks -> the finished cells in order of their seeds."""
-        found: dict[tuple[str, str | None], list[CellRecord]] = defaultdict(list)
-        for one in sorted(self.cells, key=lambda one: one.seed):
-            if one.status == "done":
-                found[one.method, one.task].append(one)
-                found[one.method, None].append(one)
-        return found
+        cells: dict[tuple[str, str | None], list[CellRecord]] = defaultdict(list)
+        for cell in sorted(self.cells, key=lambda cell: cell.seed):
+            if cell.status == "done":
+                cells[cell.method, cell.task].append(cell)
+                cells[cell.method, None].append(cell)
+        return cells
 
     def folder_of(self, cell: CellRecord) -> Path:
         """Return the folder of a cell's files."""
@@ -277,12 +277,110 @@ def read_results(folder: str | Path) -> Results:
     """Read ``results.json`` in a folder; raise FileError if it is missing, damaged, or of another format."""
     path = Path(folder) / RESULTS_FILE
     if not os.path.isfile(path):
-        raise FileError(f"there is no {path}; a report is built from the folder that a benchmark wrote")
+        raise FileError(f"there is no {path}; a report is built from the folder that a comparison wrote")
     value = read_json(path)
-    version = value.get("format_version")
+    version = value.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise FileError(
             f"{path} has format_version {json.dumps(version)}, and this version of ptuning reads {FORMAT_VERSION}; "
             "build the report with the version that wrote it"
         )
-    return Results.from_json(Unchecked(value, f"{path} is damaged", advice=AGAIN), folder=Path(folder))
+    where = f"{path} is damaged"
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise FileError(f"{where}: it has a number that is not finite; {AGAIN}") from error
+    results = validate(Results, {"cells": None, "tasks": None, **value}, where, advice=AGAIN)
+    for number, cell in enumerate(results.cells, start=1):
+        place = PurePosixPath(cell.run)
+        if place.is_absolute() or ".." in place.parts:
+            raise FileError(f"{where}: 'cells #{number}.run' must be inside the folder of the results; {AGAIN}")
+    return dataclasses.replace(results, folder=Path(folder))
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row of a test part with the answer of a method: a line of ``predictions.jsonl``.
+
+    ``target`` is None where labels are not known, ``idx`` the row's number or numbers in the data set, and ``group``
+    what it is scored together with. ``choices`` are the texts to choose among, where the row brings them.
+    """
+
+    record: Mapping[str, str]
+    target: str | None
+    answer: Answer
+    idx: Json = None
+    group: str | None = None
+    choices: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the line."""
+        optional: dict[str, Json] = {"idx": self.idx, "group": self.group, "choices": list(self.choices) or None}
+        return {
+            "record": plain(self.record),
+            **{name: value for name, value in optional.items() if value is not None},
+            "target": self.target,
+            "prediction": self.answer.text,
+            "rank": self.answer.rank,
+            "hit": self.answer.hit,
+            "log_prob": self.answer.log_prob,
+            **({} if self.answer.known else {"known": False}),
+        }
+
+
+class _Line(FileModel, allow_inf_nan=True):
+    """A line of ``predictions.jsonl`` as it is read; the log-probability of an impossible answer is -Infinity."""
+
+    record: dict[str, str | list[str]]
+    hit: bool
+    target: str | None = None
+    prediction: str = ""
+    rank: int | None = None
+    log_prob: float | None = None
+    known: bool = True
+    idx: Any = None
+    group: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+class _Epoch(FileModel):
+    epoch: WholeNumber
+    dev_score: float
+
+
+class _Start(FileModel):
+    dev_score: float | None = None
+
+
+class _Curve(FileModel):
+    """The part of ``run.json`` that is a learning curve."""
+
+    history: tuple[_Epoch, ...] = ()
+    start: _Start = _Start()
+
+
+def write_answers(path: Path, rows: Iterable[AnsweredRow]) -> None:
+    """Write ``predictions.jsonl``."""
+    write_json_lines(path, (row.to_json() for row in rows))
+
+
+def read_answers(path: Path) -> list[AnsweredRow]:
+    """Read what :func:`write_answers` wrote; raise FileError if it is missing or damaged."""
+    rows = []
+    for number, value in enumerate(read_json_lines(path), start=1):
+        line = validate(_Line, value, f"{path}, row {number} is damaged", advice=AGAIN)
+        record = {name: References(text) if isinstance(text, list) else text for name, text in line.record.items()}
+        answer = Answer(line.prediction, line.hit, line.rank, line.log_prob, line.known)
+        rows.append(AnsweredRow(record, line.target, answer, line.idx, line.group, line.choices))
+    return rows
+
+
+def read_curve(folder: Path) -> list[tuple[int, float]] | None:
+    """Read a cell's learning curve: (epoch, development score), epoch 0 being the start; None without ``run.json``."""
+    if not (folder / RUN_FILE).is_file():
+        return None
+    value = read_json(folder / RUN_FILE)
+    curve = validate(_Curve, value, f"{folder / RUN_FILE} is damaged", advice=AGAIN)
+    points = [(row.epoch, row.dev_score) for row in curve.history]
+    start = curve.start.dev_score
+    return [(0, start), *points] if points and start is not None else points

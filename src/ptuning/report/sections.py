@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from ptuning.metrics import called
 from ptuning.report import confusion, pictures, tables
 from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, phrase, reading
-from ptuning.report.cell_files import read_curve
 from ptuning.report.limits import limits
-from ptuning.report.results_file import Results
+from ptuning.report.results_file import Results, read_curve
 from ptuning.statistics import Score
 
 MOST_ROWS = 100  # of a picture: more are not told apart, and take minutes to draw
@@ -89,9 +88,9 @@ def _dots(results: Results) -> list[Block]:
     written, learned = results.pair
     score = results.primary
     rows = [
-        (results.named(task), found[written][score], found[learned][score])
-        for task, found in results.tasks.items()
-        if score in found.get(written, {}) and score in found.get(learned, {})
+        (results.named(task), table[written][score], table[learned][score])
+        for task, table in results.tasks.items()
+        if score in table.get(written, {}) and score in table.get(learned, {})
     ]
     if len(rows) < 2:
         return []
@@ -111,9 +110,9 @@ def _dots(results: Results) -> list[Block]:
 def _curves(results: Results) -> list[Block]:
     panels = {}
     for method in results.ordered(cell.method for cell in results.cells):
-        found = [read_curve(results.folder_of(cell)) for cell in results.done(method)]
-        if any(found):
-            panels[method] = [curve for curve in found if curve]
+        curves = [curve for cell in results.done(method) if (curve := read_curve(results.folder_of(cell)))]
+        if curves:
+            panels[method] = curves
     if not panels:
         return []
     caption = (
@@ -125,7 +124,9 @@ def _curves(results: Results) -> list[Block]:
 
 
 def _warnings(results: Results) -> list[Block]:
-    listed = [f"{results.named(one.task)}, {one.method}, seed {one.seed}: {one.text}" for one in results.warnings or ()]
+    listed = [
+        f"{results.named(cell.task)}, {cell.method}, seed {cell.seed}: {cell.text}" for cell in results.warnings or ()
+    ]
     return [Items(listed)] if listed else []
 
 
@@ -133,16 +134,16 @@ def _warnings(results: Results) -> list[Block]:
 SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
     "Scores": tables.main,
     "By type of relation": tables.by_type,
-    "By a field of the records": tables.by_value,
+    "Breakdown by field": tables.by_value,
     "Every task": tables.per_task,
     "Confusion matrix": confusion.section,
-    "Written against learned": _dots,
-    "Random weights: what the training facts teach alone": tables.control,
+    "Manual and learned prompt": _dots,
+    "Random-weights control": tables.control,
     "Differences": tables.differences,
-    "Development against reported score": tables.agreement,
+    "Development and reported score": tables.agreement,
     "Warnings": _warnings,
     "Learning curves": _curves,
     "Answers gained and lost": tables.changes,
     "Settings": tables.settings,
-    "What this run cannot show": lambda results: [Items(list(limits(results)))],
+    "Limitations": lambda results: [Items(list(limits(results)))],
 }
