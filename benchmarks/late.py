@@ -43,8 +43,9 @@ from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.data.questions import as_questions
 from ptuning.data.reading import load_records
-from ptuning.data.splits import draw_records, split_records
+from ptuning.data.splits import draw_records, split_questions
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.forward import target_logits
 from ptuning.engine.objective import ScoringRequest, inputs_of, loss, score_continuations
@@ -157,8 +158,8 @@ def labelled(settings: Settings, *, train: int, dev: int) -> tuple[Records, Reco
     if settings.sentences is None:
         return *country_sentences(train=train, dev=dev, seed=settings.seed), CONTINENTS, ENDING
     drawn = draw_records(load_records(settings.sentences), train + dev, seed=settings.seed)
-    kept, aside = split_records(drawn, fraction=dev / (train + dev), seed=settings.seed)
-    return kept, aside, LabelWords.parse(settings.words), settings.ending
+    kept, aside = split_questions(as_questions(drawn), fraction=dev / (train + dev), seed=settings.seed)
+    return kept.records, aside.records, LabelWords.parse(settings.words), settings.ending
 
 
 def long_records(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Json]], dict[str, Json]]:

@@ -25,8 +25,9 @@ from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.data.questions import as_questions
 from ptuning.data.reading import load_records
-from ptuning.data.splits import split_records
+from ptuning.data.splits import split_questions
 from ptuning.progress import Progress
 from ptuning.records import Records
 from ptuning.template.language import Template
@@ -137,7 +138,8 @@ def facts(settings: Settings) -> tuple[Records, Records]:
     if settings.data is not None:
         records = load_records(settings.data)
         named = Records(records, name=settings.data.replace("\\", "/").rpartition("/")[2], digest=records.sha256)
-        return split_records(named, fraction=DEV_FRACTION, seed=settings.seed)
+        kept, held = split_questions(as_questions(named), fraction=DEV_FRACTION, seed=settings.seed)
+        return kept.records, held.records
     train, dev = load_records("capitals:train"), load_records("capitals:dev")
     count = settings.pick(len(train), 16)
     return Records(train[:count], name=train.name), Records(dev[:count], name=dev.name)

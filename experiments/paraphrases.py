@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 import ptuning
 from ptuning.config import listed_names
-from ptuning.data.relations import Relation, read_relations
+from ptuning.data.lama import Relation, read_relations
 from ptuning.errors import RecordError
 from ptuning.experiment.lama import relation_job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs

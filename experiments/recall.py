@@ -29,8 +29,9 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 import ptuning
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.tokenizer import TextTokenizer
+from ptuning.data.questions import as_questions
 from ptuning.data.reading import SPLITS
-from ptuning.data.splits import split_records
+from ptuning.data.splits import split_questions
 from ptuning.files import Json, make_folder, write_json, write_json_lines, write_text
 from ptuning.names import check_free
 from ptuning.prompt.score import answer_records
@@ -334,9 +335,9 @@ def learn(backbone: Backbone, parts: Mapping[str, Records], settings: Settings, 
 
 def split(facts: Records, settings: Settings) -> dict[str, Records]:
     """Split the facts of a relation: one half to test, the other to learn a prompt from and to choose by."""
-    known, test = split_records(facts, fraction=TEST_FRACTION, seed=settings.seed)
-    train, dev = split_records(known, fraction=DEV_FRACTION, seed=settings.seed)
-    return {"train": train, "dev": dev, "test": test}
+    known, test = split_questions(as_questions(facts), fraction=TEST_FRACTION, seed=settings.seed)
+    train, dev = split_questions(known, fraction=DEV_FRACTION, seed=settings.seed)
+    return {"train": train.records, "dev": dev.records, "test": test.records}
 
 
 def run_relation(backbone: Backbone, facts: Records, settings: Settings, *, out: Path) -> dict[str, Json]:

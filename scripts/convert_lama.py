@@ -22,9 +22,16 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ptuning.data.layouts import FACT_SUFFIXES, FACTS, PART_NAMES, PATTERN_FOLDER, RELATION_LIST
+from ptuning.data.lama import (
+    FACT_SUFFIXES,
+    FACTS,
+    GOOGLE_RE_TEMPLATES,
+    PART_NAMES,
+    PATTERN_FOLDER,
+    RELATION_LIST,
+    relation_of,
+)
 from ptuning.data.reading import SPLITS, SUFFIXES, raw_rows
-from ptuning.data.relations import GOOGLE_RE_TEMPLATES, relation_of
 from ptuning.errors import FileError, PTuningError, RecordError
 from ptuning.files import read_bytes, write_json_lines
 from ptuning.names import is_folder_name, publish_folder
@@ -193,11 +200,7 @@ def sole(parts: dict[str, list[Mapping[str, object]]]) -> dict[str, list[Mapping
 
 def rows_of(path: Path) -> list[Mapping[str, object]]:
     """Return the rows of a file."""
-    found = raw_rows(read_bytes(path), name=str(path))
-    for where, row in found:
-        if not isinstance(row, Mapping):
-            raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
-    return [row for _, row in found]
+    return [row for _, row in raw_rows(read_bytes(path), name=str(path))]
 
 
 def relation_list(place: Path) -> dict[str, Mapping[str, object]]:

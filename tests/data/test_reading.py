@@ -12,7 +12,7 @@ import pytest
 
 from ptuning.data.questions import as_questions
 from ptuning.data.reading import load_records, raw_rows, read_rows, with_fields
-from ptuning.data.splits import split_records
+from ptuning.data.splits import split_questions
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
 from ptuning.records import Records, as_records, require_targets
@@ -216,9 +216,9 @@ def test_records_know_file_and_line_also_behind_a_split(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'x,y\na,1\n"b\nb",2\nc,3\n')
     records = load_records(path)
     assert [records.place(number) for number in (1, 2, 3)] == [f"{path}, line {line}" for line in (2, 4, 5)]
-    for part in split_records(records, fraction=0.3, seed=0):
-        for number, row in enumerate(part, start=1):
-            assert part.place(number) == records.place(records.index(row) + 1)
+    for part in split_questions(as_questions(records), fraction=0.3, seed=0):
+        for row in part:
+            assert row.where == records.place(records.index(row.record) + 1)
     records.append({"x": "d", "y": "4"})
     assert records.place(4) == f"{path}, record 4"
     assert as_records([{"x": "1"}]).place(1) == "in memory, record 1"

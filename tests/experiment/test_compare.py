@@ -13,7 +13,8 @@ import pytest
 from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.splits import split_records
+from ptuning.data.questions import as_questions
+from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.compare import compare
@@ -57,9 +58,9 @@ def test_without_development_data_a_share_is_set_aside(causal: Backbone, tmp_pat
     config = TrainConfig(seed=5, dev_fraction=0.25)
     found = run_compare(causal, tmp_path, dev=None, config=config, data=FACTS[:16])
     told = info(found)
-    train, dev = split_records(Records(FACTS[:16]), fraction=0.25, seed=5)
-    assert told["data"]["train"]["sha256"] == Records(train).sha256
-    assert told["data"]["dev"]["sha256"] == Records(dev).sha256
+    train, dev = split_questions(as_questions(Records(FACTS[:16])), fraction=0.25, seed=5)
+    assert told["data"]["train"]["sha256"] == train.sha256
+    assert told["data"]["dev"]["sha256"] == dev.sha256
     assert told["data"]["test"]["sha256"] == Records(FACTS[18:]).sha256
     assert told["split"] == "25% of the training part set aside to choose by, seed 5"
     assert info(run_compare(causal, tmp_path / "given"))["split"] == "the parts given"

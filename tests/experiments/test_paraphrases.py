@@ -13,7 +13,7 @@ from experiments.paraphrases import Wordings, paraphrases, table, usable_wording
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.relations import Relation
+from ptuning.data.lama import Relation
 from ptuning.errors import RecordError
 from ptuning.records import Records
 from tests.conftest import bound

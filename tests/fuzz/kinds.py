@@ -31,10 +31,9 @@ from ptuning.cli.outputs import answers_to, kept_lines
 from ptuning.config import GenerationSettings, TrainConfig
 from ptuning.data.checks import label_rows
 from ptuning.data.conversations import read_conversations
+from ptuning.data.lama import read_relations, split_relation
 from ptuning.data.questions import as_questions
 from ptuning.data.reading import RawRows, as_read, raw_rows, read_rows
-from ptuning.data.relations import read_relations
-from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
 from ptuning.doctor import Answer, CheckedPrompt, Server, check_server, read_prompts

@@ -11,12 +11,10 @@ from types import ModuleType
 
 import pytest
 
-from ptuning.data.relations import Relation, read_relations
-from ptuning.data.splits import split_relation
+from ptuning.data.lama import Relation, read_relations, split_relation
 from ptuning.errors import FileError, PTuningError, RecordError
 from tests.conftest import load_script
-from tests.data.test_relations import CAPITALS, COUNTRIES, LIST, Rows, divided, lama, write
-from tests.data.test_splits import pairs
+from tests.data.test_lama import CAPITALS, COUNTRIES, LIST, Rows, divided, lama, pairs, write
 
 script = load_script("convert_lama")
 

@@ -74,13 +74,12 @@ def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
     where, first = next(iter(rows), (rows.name, None))
     if first is None:
         raise RecordError(f"{rows.name} holds no records; it needs one conversation per record")
-    keys = set(first) if isinstance(first, Mapping) else set()
-    known = next((shape for shape in SHAPES if keys.issuperset(shape.asked if ask else shape.keys)), None)
+    known = next((shape for shape in SHAPES if {*first}.issuperset(shape.asked if ask else shape.keys)), None)
     if known is None:
         forms = ", ".join(shape.described for shape in SHAPES)
         raise RecordError(
             f"{where}: no known form of conversations; looked for {forms}; the keys found: "
-            f"{', '.join(map(str, first)) if keys else 'none'}. --field NEW=NAME reads the key NAME as NEW"
+            f"{', '.join(map(str, first)) or 'none'}. --field NEW=NAME reads the key NAME as NEW"
         )
     return known
 
@@ -252,7 +251,7 @@ def read_conversations(
     its answer if there is one. Errors as for :func:`load_conversations`.
     """
     if fields:
-        named = [(where, renamed(row, _there(row, fields), where=where)) for where, row in rows if _is_row(row, where)]
+        named = [(where, renamed(row, _there(row, fields), where=where)) for where, row in rows]
         rows = RawRows(named, name=rows.name, digest=rows.sha256, format=rows.format)
     shape = recognise(rows, ask=ask)
     pairs: list[tuple[Question, Row]] = []
@@ -287,15 +286,8 @@ def _there(row: Mapping[str, object], fields: Mapping[str, str]) -> dict[str, st
     return {new: old for new, old in fields.items() if old in row}
 
 
-def _is_row(row: object, where: str) -> bool:
-    if not isinstance(row, Mapping):
-        raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
-    return True
-
-
 def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool) -> Iterator[Question]:
     """Yield a question for each answer of a conversation, or for its last question."""
-    _is_row(row, where)
     missing = [key for key in (shape.asked if ask else shape.keys) if key not in row]
     if missing:
         raise RecordError(f"no '{missing[0]}', as the first record has; its keys: {', '.join(map(str, row)) or 'none'}")

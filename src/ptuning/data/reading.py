@@ -51,7 +51,8 @@ Asked = Mapping[str, Sequence[str]]
 
 class RawRows(list[Row]):
     """The rows of a data file as it has them, each with its file and line: ``name``, ``sha256``, ``format`` (one of
-    :data:`FORMATS`, or ``text``), the ``delimiter`` of a table, and the names of its ``columns``.
+    :data:`FORMATS`, or ``text``), the ``delimiter`` of a table, and the names of its ``columns``. A RecordError if
+    a row is no mapping.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class RawRows(list[Row]):
         columns: Sequence[str] = (),
     ) -> None:
         super().__init__(rows)
+        for where, row in self:
+            if not isinstance(row, Mapping):
+                raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
         self.name, self.sha256, self.format, self.delimiter, self.columns = name, digest, format, delimiter, columns
 
 

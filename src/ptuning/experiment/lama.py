@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
-from ptuning.data.relations import Relation, read_relations
-from ptuning.data.splits import Keeps, draw_records, split_relation
+from ptuning.data.lama import Keeps, Relation, read_relations, split_relation
+from ptuning.data.splits import draw_records
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.experiment.cells import CellJob
 from ptuning.experiment.jobs import OneToken, Vocabulary, are_listed, fact_job, read_vocabulary, template_pair
@@ -45,7 +45,7 @@ def lama(
     """Run the paper's LAMA experiment. Finished cells of an earlier run are not run again.
 
     Args:
-        data: A folder or a file in one of the layouts of :mod:`ptuning.data.layouts`.
+        data: A folder or a file in one of the layouts of :mod:`ptuning.data.lama`.
         relations: Names (``P36``), types (``1-1``, ``N-1``, ``N-M``), or ``all``.
         manual: A manual template for relations without one.
         template: The template to learn; by default made from each relation's manual one and its label.
