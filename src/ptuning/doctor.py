@@ -41,7 +41,7 @@ from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.sharing import find_prompt
-from ptuning.prompt.storage import Stored, has_prompt, prompt_folders, read_prompt
+from ptuning.prompt.storage import has_prompt, prompt_folders, read_prompt
 from ptuning.provenance import VERSION
 from ptuning.serve import PORT
 from ptuning.template.encode import TokenizedTemplate
@@ -378,7 +378,10 @@ def _read_one(name: str, folder: str) -> CheckedPrompt:
     except PTuningError as error:
         remedy = again if has_prompt(Path(folder)) else "name the folder of a prompt, of its run, or of many prompts"
         return CheckedPrompt(name, folder, [Check(group, "files", "failed", str(error), remedy)])
-    checks = [Check(group, "files", "ok", f"{folder}: {_checksums(stored)}")]
+    weights = stored.manifest.weights
+    hashes = [stored.manifest.vectors_sha256, *(weights.sha256.values() if weights is not None else ())]
+    checksums = f"sha256 {', '.join(digest[:12] for digest in hashes)} as in {MANIFEST_FILE}"
+    checks = [Check(group, "files", "ok", f"{folder}: {checksums}")]
     vectors = stored.vectors
     if vectors is not None and vectors.dtype == torch.float32:
         bad = (~vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
@@ -393,15 +396,6 @@ def _read_one(name: str, folder: str) -> CheckedPrompt:
         return CheckedPrompt(name, folder, [*checks, Check(group, MANIFEST_FILE, "failed", str(error), again)])
     checks.append(Check(group, MANIFEST_FILE, "ok", f"template {prompt.template}"))
     return CheckedPrompt(name, folder, checks, prompt)
-
-
-def _checksums(stored: Stored) -> str:
-    weights = stored.manifest.get("weights")
-    sums: list[object] = [stored.manifest["vectors_sha256"]]
-    if stored.weights is not None and isinstance(weights, Mapping) and isinstance(weights["sha256"], Mapping):
-        sums += weights["sha256"].values()
-    listed = ", ".join(str(digest)[:12] for digest in sums)
-    return f"format {stored.manifest['format_version']}, sha256 {listed} as in {MANIFEST_FILE}"
 
 
 def check_fit(read: CheckedPrompt, backbone: Backbone) -> Iterator[Check]:

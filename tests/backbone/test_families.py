@@ -28,9 +28,9 @@ from ptuning.engine.forward import shared_prefix_tokens, target_logits
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Record
 from ptuning.template.encode import Example
 from ptuning.template.segments import FILLS_MASKS

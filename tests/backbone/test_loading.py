@@ -155,20 +155,6 @@ def test_a_prompt_says_what_its_backbone_was_loaded_with(llama: str, tmp_path: P
     PromptModel(load_backbone(llama, dtype="float32")).predict(RECORDS[:2], prompt)
 
 
-def test_a_prompt_of_an_older_version_says_nothing_of_it(llama: str, tmp_path: Path) -> None:
-    """Its manifest has no such entry, and it is read."""
-    backbone = load_backbone(llama)
-    learned(backbone, "[P*2] [X] is [Y]").save(tmp_path / "prompt")
-    path = tmp_path / "prompt" / "prompt.json"
-    manifest = json.loads(path.read_text())
-    del manifest["backbone"]["loaded"]
-    path.write_text(json.dumps(manifest))
-    found = Prompt.load(tmp_path / "prompt").backbone
-    assert found is not None
-    assert found.loaded == {}
-    assert found.described == llama
-
-
 def test_rows_are_as_long_as_asked_for(llama: str, tmp_path: Path) -> None:
     """By training, answers and the tokenizer alone; records and prompts say so, and a prompt keeps to it."""
     short, whole = load_backbone(llama, max_length=20), load_backbone(llama)

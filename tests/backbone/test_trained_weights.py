@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ptuning.backbone.trained_weights import (
     ROWS,
     WHOLE_FILE,
     TrainedWeights,
+    WeightsEntry,
     read_tensors,
     trained_parameters,
     with_adapters,
@@ -30,7 +31,7 @@ from ptuning.backbone.trained_weights import (
 )
 from ptuning.config import SaveWeights
 from ptuning.errors import BackboneError, FileError, PromptError
-from ptuning.files import Json, Unchecked
+from ptuning.files import Json, validate
 from tests.conftest import make_tokenizer
 from tests.families import POSITIONS, SMALL
 
@@ -50,10 +51,6 @@ def experts(head: str) -> Backbone:
     backbone = Backbone(model, tokenizer, name="some model")
     backbone.freeze()
     return backbone
-
-
-def load(folder: Path, about: Mapping[str, Json]) -> TrainedWeights:
-    return TrainedWeights.load(folder, Unchecked(about, error=PromptError))
 
 
 def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -107,7 +104,7 @@ def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: SaveWeight
         last.reshape(-1)[0] = 0.0
     found = TrainedWeights.of(trained, backbone, train_backbone="full", keep=keep)
     about = found.save(tmp_path)
-    read = load(tmp_path, about)
+    read = TrainedWeights.load(tmp_path, about)
     other = read.into(backbone)
     wanted, got = weights(trained), weights(other)
     assert wanted.keys() == got.keys()
@@ -149,7 +146,7 @@ def test_a_difference_holds_what_changed(causal: Backbone, tmp_path: Path) -> No
     assert len(found[names[0]]) == 2
     nothing = TrainedWeights.of(causal.copy(), causal, train_backbone="full", keep="difference")
     assert nothing.tensors == {}
-    read = load(tmp_path, nothing.save(tmp_path))
+    read = TrainedWeights.load(tmp_path, nothing.save(tmp_path))
     assert torch.equal(logits(read.into(causal)), logits(causal))
 
 
@@ -168,7 +165,9 @@ def test_whole_weights_are_a_model_that_works_alone(backbone: Backbone, tmp_path
 
 def test_adapters_come_back_bit_by_bit(backbone: Backbone, tmp_path: Path) -> None:
     trained = adapted(backbone)
-    read = load(tmp_path, TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path))
+    read = TrainedWeights.load(
+        tmp_path, TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path)
+    )
     other = read.into(backbone)
     assert torch.equal(logits(other), logits(trained))
     assert not torch.equal(logits(other), logits(backbone))
@@ -190,7 +189,9 @@ def test_adapters_on_experts_come_back_bit_by_bit(head: str, targets: str, tmp_p
     backbone = experts(head)
     trained = adapted(backbone, targets=targets)
     assert any(".mlp." in name for name in trained_parameters(trained, "lora")) == (targets != "q_proj,v_proj")
-    read = load(tmp_path, TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path))
+    read = TrainedWeights.load(
+        tmp_path, TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path)
+    )
     before = weights(backbone)
     other = read.into(backbone)
     assert torch.equal(logits(other), logits(trained))
@@ -309,10 +310,10 @@ def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes
     file = tmp_path / DIFFERENCE_FILE
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(PromptError, match=message):
-        load(tmp_path, about)
+        TrainedWeights.load(tmp_path, about)
     file.unlink()
     with pytest.raises(FileError, match=f"cannot read .*{DIFFERENCE_FILE}"):
-        load(tmp_path, about)
+        TrainedWeights.load(tmp_path, about)
 
 
 def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
@@ -320,26 +321,23 @@ def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
     with pytest.raises(PromptError, match=r"adapter_config.json was changed since it was saved"):
-        load(tmp_path, about)
+        TrainedWeights.load(tmp_path, about)
 
 
-def test_what_is_said_of_files_is_checked(causal: Backbone, tmp_path: Path) -> None:
-    about = TrainedWeights.of(moved(causal), causal, train_backbone="full", keep="difference").save(tmp_path)
+def test_the_entry_of_the_manifest_is_checked(causal: Backbone, tmp_path: Path) -> None:
+    entry = TrainedWeights.of(moved(causal), causal, train_backbone="full", keep="difference").save(tmp_path)
     changes: list[tuple[dict[str, Json], str]] = [
-        ({"train_backbone": "none"}, "'train_backbone' must be one of head, full, lora, and is \"none\""),
-        ({"keep": "some"}, "'keep' must be one of difference, whole"),
-        ({"sha256": None}, "'sha256' must be a table"),
-        ({"sha256": {}}, f"the sha256 of {DIFFERENCE_FILE} is missing"),
-        ({"keep": "whole"}, "the sha256 of model.safetensors is missing"),
-        (
-            {"train_backbone": "lora", "sha256": {"adapter_model.safetensors": ""}},
-            "the sha256 of adapter_config.json is missing",
-        ),
-        ({"sha256": {DIFFERENCE_FILE: "", "../x": ""}}, "'../x' is not the name of a file"),
+        ({"train_backbone": "none"}, "train_backbone"),
+        ({"keep": "some"}, "keep"),
+        ({"sha256": None}, "sha256"),
+        ({"sha256": {}}, DIFFERENCE_FILE),
+        ({"keep": "whole"}, "model.safetensors"),
+        ({"train_backbone": "lora", "sha256": {"adapter_model.safetensors": ""}}, "adapter_config.json"),
+        ({"sha256": {DIFFERENCE_FILE: "", "../x": ""}}, "sha256"),
     ]
     for changed, message in changes:
         with pytest.raises(PromptError, match=message):
-            load(tmp_path, {**about, **changed})
+            validate(WeightsEntry, {**entry.model_dump(), **changed}, error=PromptError)
 
 
 def test_weights_that_do_not_fit(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:

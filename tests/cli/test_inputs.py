@@ -13,9 +13,9 @@ from ptuning.cli import inputs
 from ptuning.cli.options import AskedBackbone
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.inputs import InferenceInputs
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.template.language import Template
 
 

@@ -19,10 +19,10 @@ from ptuning.data.questions import Questions
 from ptuning.doctor import Check
 from ptuning.files import sha256
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from tests.conftest import WARM, learned
@@ -190,7 +190,7 @@ def _rewrite(folder: Path, **changed: Any) -> None:
 
 # A fault -> what makes it in a sound prompt's folder, the check that finds it, and what that says.
 FAULTS: Mapping[str, tuple[Callable[[Path, Backbone], None], str, str]] = {
-    "cut off": (_truncated, "files", "is not a whole safetensors file"),
+    "cut off": (_truncated, "files", "its sha256 is not the one in prompt.json"),
     "changed": (_changed, "files", "its sha256 is not the one in prompt.json"),
     "NaN": (_not_finite, "vectors", "NaN or infinity in slot 2 of"),
     "a template that cannot be read": (_no_template, "prompt.json", "is damaged"),

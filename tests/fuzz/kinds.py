@@ -41,9 +41,9 @@ from ptuning.errors import TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.metrics.generation import TEXT_METRICS, value_of_texts
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Record, as_records, gathered, references_of, require_fields
 from ptuning.records import rows_of as rows_of_data
 from ptuning.report import sections

@@ -26,10 +26,10 @@ from ptuning.engine import batch as batch_module
 from ptuning.engine.decoding.decoder import DecodingState
 from ptuning.engine.forward import target_logits
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Record
 from ptuning.template.encode import Example
 from ptuning.template.labels import LabelWords, Normalise

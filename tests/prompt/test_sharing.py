@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from ptuning import Prompt, PromptModel
 from ptuning.backbone.backbone import Backbone
 from ptuning.errors import FileError
-from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.storage import BackboneId
 from tests.conftest import learned
 from tests.hub import Hub, serving
 

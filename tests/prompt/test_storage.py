@@ -28,10 +28,9 @@ from ptuning.config import TrainConfig
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError
 from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.storage import DEEP_VERSION, REQUIRED_KEYS
+from ptuning.prompt.storage import BackboneId, Manifest
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from ptuning.training.run import train
@@ -105,6 +104,15 @@ def test_everything_comes_back(saved: Path, causal: Backbone) -> None:
     assert (found.method, found.slots) == ("test", 3)
 
 
+def test_a_manual_prompt_with_every_piece_of_a_template_comes_back(tmp_path: Path, backbone: Backbone) -> None:
+    """The pattern is stored as text; brackets, line breaks and tabs survive. A run's folder stands for its prompt."""
+    template = Template.parse('Zürich [[x]] {{"\n\t {x!} is ]] [X] [Y]')
+    Prompt.manual(template).save(tmp_path / "run" / "prompt")
+    prompt = Prompt.load(tmp_path / "run")
+    assert (prompt.template, prompt.slot_vectors, prompt.backbone) == (template, None, None)
+    assert PromptModel(backbone).target_logits(RECORDS, prompt)[0].isfinite().all()
+
+
 def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
     """Whoever has the folder can read the task's rows and answer them, without the task's own file."""
     task = load_task("COPA")
@@ -120,49 +128,6 @@ def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
     assert "| chooses among | the choices that each row brings |" in card
 
 
-def test_a_prompt_that_says_nothing_of_stopping_has_not_learned_it(tmp_path: Path) -> None:
-    """As those that were saved before the manifest said so."""
-    replace(Prompt.manual("[X] is [Y]"), learned_to_stop=True).save(tmp_path / "p")
-    assert Prompt.load(tmp_path / "p").learned_to_stop
-    manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text(encoding="utf-8"))
-    del manifest["learned_to_stop"]
-    (tmp_path / "p" / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
-    assert not Prompt.load(tmp_path / "p").learned_to_stop
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"task": "COPA"}, "is damaged: 'task' must be a table of names and values"),
-        ({"normalise": "max"}, "'normalise' must be one of sum, mean, and is .max"),
-        ({"task": {"name": "COPA"}}, "is damaged: 'task.file' must be text"),
-        ({"task": {"file": "name = 3"}}, "is damaged: its task: 'name' must be"),
-    ],
-)
-def test_a_damaged_task_is_an_error_of_the_prompt(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    Prompt.manual("[X] is [Y]").save(tmp_path / "p")
-    change(tmp_path / "p", **changes)
-    with pytest.raises(PromptError, match=message):
-        Prompt.load(tmp_path / "p")
-
-
-def test_a_template_of_every_piece_comes_back(causal: Backbone, tmp_path: Path) -> None:
-    """The pattern is stored as text; brackets, line breaks and tabs survive."""
-    pattern = 'Zürich [[x]] {{"\n\t {a!} [P*2]{b}[P: is ]]] [X] [P] [Y]'
-    prompt = learned(causal, pattern)
-    prompt.save(tmp_path / "p")
-    assert Prompt.load(tmp_path / "p").template == Template.parse(pattern)
-
-
-def test_a_manual_prompt_comes_back(tmp_path: Path, backbone: Backbone) -> None:
-    """Without vectors and without a backbone; it fits any."""
-    Prompt.manual("[X] is [Y]").save(tmp_path / "p")
-    found = Prompt.load(tmp_path / "p")
-    assert found.slot_vectors is None
-    assert found.backbone is None
-    assert PromptModel(backbone).target_logits(RECORDS, found)[0].isfinite().all()
-
-
 @pytest.fixture
 def deep(causal: Backbone, tmp_path: Path) -> Path:
     """The folder of a prompt with deep slots in front and in the row."""
@@ -174,98 +139,145 @@ def deep(causal: Backbone, tmp_path: Path) -> Path:
     return tmp_path / "deep"
 
 
-def test_deep_slots_come_back_in_a_format_of_their_own(causal: Backbone, deep: Path) -> None:
+def test_deep_slots_come_back(causal: Backbone, deep: Path) -> None:
     manifest = json.loads((deep / MANIFEST_FILE).read_text(encoding="utf-8"))
-    assert manifest["format_version"] == DEEP_VERSION
-    layers = causal.deep.layers
-    assert manifest["deep"] == {"slots": 3, "block": 2, "lead": manifest["deep"]["lead"], "of": [0], "layers": layers}
+    assert (manifest["deep"]["slots"], manifest["deep"]["block"], manifest["deep"]["of"]) == (3, 2, [0])
     names = set(safetensors.torch.load_file(deep / VECTORS_FILE))
+    layers = causal.deep.layers
     assert names == {VECTORS_KEY} | {f"deep.{at}.{part}" for at in range(layers) for part in ("keys", "values")} | {
         f"deep.{at}.inputs" for at in range(1, layers)
     }
-    found = Prompt.load(deep)
-    assert found.deep is not None
-    again = deep.parent / "again"
-    found.save(again)
+    whole, again = Prompt.load(deep), deep.parent / "again"
+    whole.save(again)
     assert (again / VECTORS_FILE).read_bytes() == (deep / VECTORS_FILE).read_bytes()
     model = PromptModel(causal)
-    assert model.predict(RECORDS[:3], found) == model.predict(RECORDS[:3], str(again))
-    assert found.without("slots").deep is None
+    assert model.predict(RECORDS[:3], whole) == model.predict(RECORDS[:3], str(again))
+    assert whole.without("slots").deep is None
 
 
 def test_deep_slots_of_bfloat16_take_half_and_answer_alike(causal: Backbone, deep: Path) -> None:
     whole = Prompt.load(deep)
     assert whole.deep is not None
     half = replace(whole, deep=whole.deep.rounded(torch.bfloat16))
-    half.save(deep.parent / "half")
-    manifest = json.loads((deep.parent / "half" / MANIFEST_FILE).read_text(encoding="utf-8"))
-    assert (manifest["format_version"], manifest["deep"]["dtype"]) == (DEEP_VERSION, "bfloat16")
-    tensors = safetensors.torch.load_file(deep.parent / "half" / VECTORS_FILE)
-    assert {one.dtype for name, one in tensors.items() if name != VECTORS_KEY} == {torch.bfloat16}
-    assert tensors[VECTORS_KEY].dtype == torch.float32
-    found = Prompt.load(deep.parent / "half")
-    assert found.deep is not None
     assert half.deep is not None
-    for name, one in found.deep.tensors.items():
-        assert one.dtype == torch.float32
-        assert torch.equal(one, half.deep.tensors[name])
-    found.save(deep.parent / "again")
+    half.save(deep.parent / "half")
+    tensors = safetensors.torch.load_file(deep.parent / "half" / VECTORS_FILE)
+    assert {tensor.dtype for name, tensor in tensors.items() if name != VECTORS_KEY} == {torch.bfloat16}
+    assert tensors[VECTORS_KEY].dtype == torch.float32
+    loaded = Prompt.load(deep.parent / "half")
+    assert loaded.deep is not None
+    for name, tensor in loaded.deep.tensors.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, half.deep.tensors[name])
+    loaded.save(deep.parent / "again")
     assert (deep.parent / "again" / VECTORS_FILE).read_bytes() == (deep.parent / "half" / VECTORS_FILE).read_bytes()
     model = PromptModel(causal)
-    exact, rounded = (model.target_logits(RECORDS, one)[0] for one in (whole, found))
+    exact, rounded = (model.target_logits(RECORDS, prompt)[0] for prompt in (whole, loaded))
     assert 0 < float((exact - rounded).abs().max()) < 0.05 * float(exact.abs().max())
-    change(deep.parent / "half", deep={**manifest["deep"], "dtype": "int8"})
-    with pytest.raises(PromptError, match="float32, bfloat16"):
-        Prompt.load(deep.parent / "half")
-
-
-def test_a_damaged_layer_of_deep_slots(deep: Path) -> None:
-    tensors = safetensors.torch.load_file(deep / VECTORS_FILE)
-    for name in ("deep.0.keys", "deep.1.values", "deep.1.inputs"):
-        rewrite(deep, {key: value for key, value in tensors.items() if key != name})
-        with pytest.raises(PromptError, match=f"missing key '{name}'"):
-            Prompt.load(deep)
-        rewrite(deep, {**tensors, name: tensors[name][..., :-1, :].contiguous()})
-        with pytest.raises(PromptError, match=r"do not fit each other|another shape"):
-            Prompt.load(deep)
-        rewrite(deep, {**tensors, name: tensors[name] * torch.nan})
-        with pytest.raises(PromptError, match="the deep slots hold NaN"):
-            Prompt.load(deep)
-    rewrite(deep, {**tensors, "deep.99.keys": tensors["deep.0.keys"].clone()})
-    with pytest.raises(PromptError, match=r"extra key 'deep\.99\.keys'"):
-        Prompt.load(deep)
-    rewrite(deep, {**tensors, "deep.1.keys": tensors["deep.1.keys"].to(torch.int32)})
-    with pytest.raises(PromptError, match=r"'deep\.1\.keys' is int32, and prompt\.json says float32"):
-        Prompt.load(deep)
-    rewrite(deep, tensors)
-    about = json.loads((deep / MANIFEST_FILE).read_text(encoding="utf-8"))["deep"]
-    change(deep, deep={**about, "layers": 10**15})  # no names are made of so many
-    with pytest.raises(PromptError, match=r"tensors of deep slots, and prompt\.json says 10{15} layers"):
-        Prompt.load(deep)
-    change(deep, deep=about)
-    change(deep, template="[P*2] [X] [P] [P] so [Y]")
-    with pytest.raises(PromptError, match="has no deep slots"):
-        Prompt.load(deep)
 
 
 def test_a_prompt_with_deep_slots_of_another_shape_does_not_fit(causal: Backbone, deep: Path) -> None:
-    found = Prompt.load(deep)
-    assert found.deep is not None
-    assert found.deep.offsets is not None
-    wider = replace(found.deep, offsets=found.deep.offsets.repeat(1, 2, 1))
-    with pytest.raises(PromptError, match=r"are for \d+ layers of width \d+, and"):
-        replace(found, deep=wider).bind(causal)
-    assert found.deep.block is not None
-    for other in (found.deep.block[1:], found.deep.block.repeat(1, 1, 2, 1, 1)):  # fewer layers, more heads
-        with pytest.raises(PromptError, match=r"has \d layers with \d heads of \d+ numbers, where theirs are of \d "):
-            replace(found, deep=replace(found.deep, block=other)).bind(causal)
-    with pytest.raises(PromptError, match=r"deep slots in front and 1 elsewhere .* has 2 and 2"):
-        replace(found, deep=replace(found.deep, slots=(0, 1))).bind(causal)
+    prompt = Prompt.load(deep)
+    assert prompt.deep is not None
+    assert prompt.deep.offsets is not None
+    assert prompt.deep.block is not None
+    for changes in (
+        {"offsets": prompt.deep.offsets.repeat(1, 2, 1)},
+        {"block": prompt.deep.block[1:]},
+        {"block": prompt.deep.block.repeat(1, 1, 2, 1, 1)},
+        {"slots": (0, 1)},
+    ):
+        with pytest.raises(PromptError, match=r"deep|layers"):
+            replace(prompt, deep=replace(prompt.deep, **changes)).bind(causal)
 
 
-def test_a_run_folder_stands_for_its_prompt(saved: Path) -> None:
-    """``out`` of a run holds ``prompt/``; either may be named."""
-    assert Prompt.load(saved.parent).template == Prompt.load(saved).template
+VECTORS = torch.zeros(3, 32)
+NAN = torch.cat([torch.zeros(1, 32), torch.full((1, 32), torch.nan), torch.zeros(1, 32)])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"other": VECTORS}, "other"),
+        ({VECTORS_KEY: VECTORS, "extra": VECTORS + 1}, "extra"),
+        ({VECTORS_KEY: VECTORS[:, :31].contiguous()}, r"\(3, 31\)"),
+        ({VECTORS_KEY: VECTORS.half()}, "float16"),
+        ({VECTORS_KEY: NAN}, "slot 2 of 3"),
+    ],
+)
+def test_wrong_tensors(saved: Path, tensors: dict[str, Tensor], message: str) -> None:
+    """Invariant *Saved is what was trained*."""
+    rewrite(saved, tensors)
+    with pytest.raises(PromptError, match=message):
+        Prompt.load(saved)
+
+
+def test_damaged_layers_of_deep_slots(deep: Path) -> None:
+    tensors = safetensors.torch.load_file(deep / VECTORS_FILE)
+    for name in ("deep.0.keys", "deep.1.values", "deep.1.inputs"):
+        damaged: list[tuple[dict[str, Tensor], str]] = [
+            ({key: value for key, value in tensors.items() if key != name}, f"missing.*{name}"),
+            ({**tensors, name: tensors[name][..., :-1, :].contiguous()}, "fit each other|shape"),
+            ({**tensors, name: tensors[name] * torch.nan}, "NaN"),
+            ({**tensors, name: tensors[name].to(torch.int32)}, f"{name}.*int32"),
+            ({**tensors, "deep.99.keys": tensors["deep.0.keys"].clone()}, r"extra.*deep\.99\.keys"),
+        ]
+        for changed, message in damaged:
+            rewrite(deep, changed)
+            with pytest.raises(PromptError, match=message):
+                Prompt.load(deep)
+
+
+REQUIRED = [(name, ...) for name, field in Manifest.model_fields.items() if field.is_required()]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *REQUIRED,
+        ("format_version", 2), ("slots", 4), ("slots", "3"), ("slots", -3), ("slots", 0), ("width", 31), ("width", 0),
+        ("vectors_sha256", "0" * 64), ("template", "[P*2] [X] [P:is]"), ("template", "[D*2] [X] [P] [Y]"),
+        ("backbone", "llama"), ("backbone", {"name": "x"}), ("backbone", None), ("weights", {}),
+        ("label_words", {"a": "great", "b": ["bad"]}), ("label_words", {"a": ["great"]}), ("seed", "one"),
+        ("seed", -1), ("target_tokens", -7), ("target_tokens", "many"), ("scores", {"accuracy": "high"}),
+        ("intervals", {"accuracy": [0.5]}), ("task", "COPA"), ("task", {"name": "COPA"}), ("normalise", "max"),
+        ("task", {"name": "COPA", "version": "1", "file": "name = 3"}), ("deep", {"layers": 10**15}),
+        ("deep", {"slots": 1, "block": 0, "lead": 0, "of": [0], "layers": 2, "dtype": "int8"}),
+    ],
+)  # fmt: skip
+def test_a_changed_manifest(saved: Path, key: str, value: object) -> None:
+    """Invariant *Saved is what was trained*: the error names the file."""
+    change(saved, **{key: value})
+    with pytest.raises(PromptError, match=r"prompt\.(json|safetensors)"):
+        Prompt.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (VECTORS_FILE, lambda data: data[:-7]),
+        (VECTORS_FILE, lambda _: b""),
+        (VECTORS_FILE, lambda data: data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]),
+        (MANIFEST_FILE, lambda data: data[: len(data) // 2]),
+        (MANIFEST_FILE, lambda _: b"[]"),
+    ],
+)
+def test_damaged_files(saved: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    """Invariant *Saved is what was trained*: a cut-off file, one changed byte, a missing file."""
+    (saved / name).write_bytes(damage((saved / name).read_bytes()))
+    with pytest.raises((FileError, PromptError), match=name):
+        Prompt.load(saved)
+    (saved / name).unlink()
+    with pytest.raises(FileError, match=name):
+        Prompt.load(saved)
+
+
+def test_vectors_that_are_no_safetensors_file(saved: Path) -> None:
+    """With the right sum in the manifest."""
+    (saved / VECTORS_FILE).write_bytes(b"text")
+    change(saved, vectors_sha256=hashlib.sha256(b"text").hexdigest())
+    with pytest.raises(PromptError, match=VECTORS_FILE):
+        Prompt.load(saved)
 
 
 def test_equal_prompts_give_equal_bytes(causal: Backbone, tmp_path: Path) -> None:
@@ -304,105 +316,6 @@ def test_saving_does_not_overwrite_unasked(saved: Path, causal: Backbone) -> Non
     left = sorted((VECTORS_FILE, MANIFEST_FILE, CARD_FILE, "notes.txt"))
     assert sorted(path.name for path in saved.iterdir()) == left
     assert (saved / VECTORS_FILE).read_bytes() != before
-
-
-@pytest.mark.parametrize("key", REQUIRED_KEYS)
-def test_a_missing_manifest_key(saved: Path, key: str) -> None:
-    """Invariant *Saved is what was trained*: a key that is missing is named, and no default takes its place."""
-    change(saved, **{key: ...})
-    with pytest.raises(PromptError, match=rf"prompt.json: missing key '{key}'"):
-        Prompt.load(saved)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format_version": 4}, r"format version 4, and this ptuning reads 1 to 3; update ptuning"),
-        ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be a table"),
-        ({"slots": 4}, r"wrong shape \(3, 32\), and prompt.json says \(4, 32\)"),
-        ({"width": 31}, r"wrong shape \(3, 32\), and prompt.json says \(3, 31\)"),
-        ({"slots": "3"}, r"prompt.json is damaged: 'slots' must be a whole number from 0, and is \"3\""),
-        ({"slots": -3}, r"prompt.json is damaged: 'slots' must be a whole number from 0, and is -3"),
-        ({"width": 0}, r"prompt.json is damaged: 'width' must be a whole number from 1, and is 0"),
-        ({"slots": 0}, r"has slots, and there are no vectors for them"),
-        ({"vectors_sha256": "0" * 64}, r"was changed since it was saved"),
-        ({"template": "[P*2] [X] [P:is]"}, r"prompt.json is damaged: a template needs one \[Y\]"),
-        ({"backbone": "llama"}, r"prompt.json is damaged: 'backbone' must be a table of names and values"),
-        ({"backbone": {"name": "x"}}, r"prompt.json is damaged: 'backbone.fingerprint' must be text"),
-        ({"backbone": None}, r"slot vectors need to say which backbone they belong to"),
-        (
-            {"label_words": {"a": "great", "b": ["bad"]}},
-            r"is damaged: 'label_words.a' must be a list of texts",
-        ),
-        ({"label_words": {"a": ["great"]}}, r"prompt.json is damaged: label words need at least two labels"),
-        ({"seed": "one"}, r"prompt.json is damaged: 'seed' must be a whole number"),
-        ({"seed": -1}, r"prompt.json is damaged: 'seed' must be a whole number from 0, and is -1"),
-        ({"target_tokens": -7}, r"prompt.json is damaged: 'target_tokens' must be a whole number from 1, and is -7"),
-        ({"target_tokens": "many"}, r"prompt.json is damaged: 'target_tokens' must be a whole number"),
-        ({"scores": {"accuracy": "high"}}, r"prompt.json is damaged: 'scores.accuracy' must be a number"),
-    ],
-)
-def test_a_changed_manifest(saved: Path, changes: dict[str, object], message: str) -> None:
-    """Invariant *Saved is what was trained*: each change is an error with a text of its own."""
-    change(saved, **changes)
-    with pytest.raises(PromptError, match=message):
-        Prompt.load(saved)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_saved_vectors_that_are_no_numbers(saved: Path, value: float) -> None:
-    """Every answer would be NaN, and the first candidate would win."""
-    vectors = torch.zeros(3, 32)
-    vectors[1, 5] = value
-    rewrite(saved, {VECTORS_KEY: vectors})
-    with pytest.raises(PromptError, match=r"prompt.json is damaged: .*NaN or infinity \(in slot 2 of 3\).*train"):
-        Prompt.load(saved)
-
-
-def test_wrong_tensors(saved: Path) -> None:
-    """Invariant *Saved is what was trained*: a missing key, an extra one, a wrong shape, a wrong type are errors."""
-    vectors = torch.zeros(3, 32)
-    cases = {
-        rf"missing key '{VECTORS_KEY}'; it holds other": {"other": vectors},
-        rf"extra key 'extra'; a prompt holds only '{VECTORS_KEY}'": {VECTORS_KEY: vectors, "extra": vectors.clone()},
-        r"wrong shape \(3, 31\)": {VECTORS_KEY: vectors[:, :31].contiguous()},
-        r"must be float32 of shape \(slots, width\), not torch.float16": {VECTORS_KEY: vectors.half()},
-    }
-    for message, tensors in cases.items():
-        rewrite(saved, tensors)
-        with pytest.raises(PromptError, match=message):
-            Prompt.load(saved)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[:-7], "is not a whole safetensors file .* it is cut off or damaged"),
-        (lambda data: data[:6], "is not a whole safetensors file"),
-        (lambda data: b"", "is not a whole safetensors file"),
-        (lambda data: data[:-7] + bytes([data[-7] ^ 1]) + data[-6:], "was changed since it was saved"),
-    ],
-)
-def test_damaged_vectors(saved: Path, damage: Callable[[bytes], bytes], message: str) -> None:
-    """Invariant *Saved is what was trained*: a cut-off file and one changed byte are errors."""
-    path = saved / VECTORS_FILE
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(PromptError, match=message):
-        Prompt.load(saved)
-
-
-def test_missing_files_and_broken_json(saved: Path, tmp_path: Path) -> None:
-    """A folder of something else, half a prompt, half a manifest."""
-    with pytest.raises(FileError, match=r"is not a prompt folder: there is no prompt.json in it"):
-        Prompt.load(tmp_path / "nothing")
-    text = (saved / MANIFEST_FILE).read_text(encoding="utf-8")
-    (saved / MANIFEST_FILE).write_text(text[: len(text) // 2], encoding="utf-8")
-    with pytest.raises(FileError, match="is not valid JSON"):
-        Prompt.load(saved)
-    (saved / MANIFEST_FILE).write_text(text, encoding="utf-8")
-    (saved / VECTORS_FILE).unlink()
-    with pytest.raises(FileError, match=r"cannot read .*prompt.safetensors"):
-        Prompt.load(saved)
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_prompt(

@@ -29,10 +29,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.errors import FileError, PromptError, PTuningError
-from ptuning.files import read_bytes
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.serve.engine.job import StoppedError
 from ptuning.serve.registry import (
     MAX_VECTORS_BYTES,
@@ -145,7 +144,7 @@ def test_a_broken_prompt_never_keeps_the_others_out(tmp_path: Path) -> None:
         "e": "RuntimeError: a fault of ours",
     }
     assert "b/prompt.json is not valid JSON" in done.failed["b"]
-    assert "c/prompt.safetensors is not a whole safetensors file" in done.failed["c"]
+    assert "c/prompt.safetensors was cut off" in done.failed["c"]
     assert "cannot have the name 'späße'" in done.failed["späße"]
     assert "is the name of the base model" in done.failed["some-model"]
     assert len(done.failed) == 6
@@ -397,30 +396,18 @@ def test_vectors_that_lie_are_refused(lie: str, tmp_path: Path) -> None:
 def test_vectors_with_another_sum_are_refused(tmp_path: Path) -> None:
     """Abuse case 3."""
     change(save(tmp_path / "bad"), vectors_sha256="0" * 64)
-    with pytest.raises(PromptError, match="was changed since it was saved"):
+    with pytest.raises(PromptError, match="sha256"):
         registry_of(tmp_path).load("x", "bad")
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Abuse case 3: what is read is bounded by what the manifest may say, not by what lies there (here, holes)."""
-    read: list[int] = []
-
-    def counting(path: Path, *, at_most: int | None = None) -> bytes:
-        assert at_most is not None
-        read.append(at_most)
-        return read_bytes(path, at_most=at_most)
-
-    monkeypatch.setattr("ptuning.prompt.storage.read_bytes", counting)
+    """Abuse case 3 (here, of holes)."""
+    monkeypatch.setattr("ptuning.prompt.storage.read_bytes", lambda *_, **__: pytest.fail("it was read"))
     folder = save(tmp_path / "bomb")
     with (folder / VECTORS_FILE).open("wb") as handle:
         handle.truncate(2**40)
-    registry = registry_of(tmp_path)
-    with pytest.raises(PromptError, match="larger than the"):
-        registry.load("x", "bomb")
-    change(folder, slots=2**20, width=2**20)
-    with pytest.raises(PromptError, match="1048576 slots of width 1048576"):
-        registry.load("x", "bomb")
-    assert max(read) < 3 * MAX_VECTORS_BYTES
+    with pytest.raises(PromptError, match=f"{MAX_VECTORS_BYTES:,} bytes"):
+        registry_of(tmp_path).load("x", "bomb")
 
 
 def test_weights_of_its_own_are_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError, RecordError, TemplateError
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
 from ptuning.template.encode import Example, TokenizedTemplate, TooLongError
 from ptuning.template.language import Template

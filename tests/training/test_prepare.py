@@ -12,8 +12,8 @@ from ptuning.config import TrainConfig
 from ptuning.engine.forward import target_logits
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import ConfigError
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Records
 from ptuning.training.prepare import LONG_FIELD_TOKENS, Placement, place_slots, prepare
 from ptuning.training.spec import TrainSpec

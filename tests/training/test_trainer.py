@@ -43,9 +43,9 @@ from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FILE
 from ptuning.progress import NUMBERS, RATES, Interrupted, Progress
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Record, as_records
 from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.labels import LabelWords

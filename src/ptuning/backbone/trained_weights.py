@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Literal
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ptuning.backbone import lora
@@ -22,8 +23,7 @@ from ptuning.backbone.randomness import own_draws
 from ptuning.config import SaveWeights, TrainBackbone
 from ptuning.errors import PromptError
 from ptuning.files import (
-    Json,
-    Unchecked,
+    FileModel,
     file_error,
     file_sha256,
     open_regular,
@@ -40,7 +40,6 @@ DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
 # If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
 ROWS = ".rows"
-TRAINED: tuple[TrainBackbone, ...] = ("head", "full", "lora")
 HEAD_FILE = "head.safetensors"
 # Standard deviation of the start values of a head. Source: most classification models of transformers.
 START_SCALE = 0.02
@@ -101,6 +100,30 @@ def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, 
     return other
 
 
+def _file_of(train_backbone: TrainBackbone, keep: SaveWeights) -> str:
+    """Return the name of the file that holds the tensors."""
+    if train_backbone in ("lora", "head"):
+        return lora.WEIGHTS_FILE if train_backbone == "lora" else HEAD_FILE
+    return WHOLE_FILE if keep == "whole" else DIFFERENCE_FILE
+
+
+class WeightsEntry(FileModel):
+    """Trained weights in the manifest of a prompt, with the SHA-256 of each of their files."""
+
+    train_backbone: Literal["head", "full", "lora"]
+    keep: SaveWeights
+    fingerprint: str
+    sha256: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], str]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> WeightsEntry:
+        config = (lora.CONFIG_FILE,) if self.train_backbone == "lora" else ()
+        for name in (_file_of(self.train_backbone, self.keep), *config):
+            if name not in self.sha256:
+                raise ValueError(f"the sha256 of {name} is missing")
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedWeights:
     """Trained weights by name, float32, and all that is needed to put them into the frozen backbone again.
@@ -136,9 +159,7 @@ class TrainedWeights:
     @property
     def file(self) -> str:
         """Name of the file that holds the tensors."""
-        if self.train_backbone in ("lora", "head"):
-            return lora.WEIGHTS_FILE if self.train_backbone == "lora" else HEAD_FILE
-        return WHOLE_FILE if self.keep == "whole" else DIFFERENCE_FILE
+        return _file_of(self.train_backbone, self.keep)
 
     @property
     def describe(self) -> str:
@@ -205,47 +226,34 @@ class TrainedWeights:
                 f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
             )
 
-    def save(self, folder: Path) -> dict[str, Json]:
+    def save(self, folder: Path) -> WeightsEntry:
         """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.
         Raises FileError if a file cannot be written.
         """
+        assert self.train_backbone != "none"
         for name, data in self.files.items():
             write_bytes(folder / name, data)
         write_tensors(folder / self.file, self.tensors)
-        return {
-            "train_backbone": self.train_backbone,
-            "keep": self.keep,
-            "fingerprint": self.fingerprint,
-            "sha256": {name: file_sha256(folder / name) for name in sorted((*self.files, self.file))},
-        }
+        hashes = {name: file_sha256(folder / name) for name in sorted((*self.files, self.file))}
+        return WeightsEntry(
+            train_backbone=self.train_backbone, keep=self.keep, fingerprint=self.fingerprint, sha256=hashes
+        )
 
     @classmethod
-    def load(cls, folder: Path, about: Unchecked) -> TrainedWeights:
-        """Read what :meth:`save` wrote, with the entry that it returned; values are read when they are used.
-        Raises FileError if a file cannot be read, and PromptError if one is cut off or was changed; an error of
-        ``about``'s class, if that is not what it must be.
+    def load(cls, folder: Path, entry: WeightsEntry) -> TrainedWeights:
+        """Read what :meth:`save` wrote; values are read when they are used.
+        Raises FileError if a file cannot be read, and PromptError if one is cut off or was changed.
         """
-        hashes = {name: one.text() for name, one in about.at("sha256").table().items()}
-        train_backbone, keep = (
-            about.at("train_backbone").one_of(TRAINED),
-            about.at("keep").one_of(get_args(SaveWeights)),
-        )
-        empty = cls(train_backbone, keep, about.at("fingerprint").text(), {})
-        for name in (empty.file, *((lora.CONFIG_FILE,) if train_backbone == "lora" else ())):
-            if name not in hashes:
-                raise about.failure(f"the sha256 of {name} is missing")
-        for name in hashes:
-            if Path(name).name != name:
-                raise about.failure(f"'{name}' is not the name of a file")
-        places = {name: settled(folder / name, wanted) for name, wanted in hashes.items()}
-        tensors = read_tensors(places[empty.file])  # first: "cut off" says more than "changed"
-        for name, wanted in hashes.items():
-            if file_sha256(places[name]) != wanted:
+        file = _file_of(entry.train_backbone, entry.keep)
+        places = {name: settled(folder / name, digest) for name, digest in entry.sha256.items()}
+        tensors = read_tensors(places[file])  # first: "cut off" says more than "changed"
+        for name, digest in entry.sha256.items():
+            if file_sha256(places[name]) != digest:
                 raise PromptError(
-                    f"{folder / name} was changed since it was saved: its sha256 is not the one written down"
+                    f"{folder / name} was changed since it was saved: its sha256 is not the one in the manifest"
                 )
-        files = {name: read_bytes(places[name], at_most=MAX_FILE_BYTES) for name in hashes if name != empty.file}
-        return cls(train_backbone, keep, empty.fingerprint, tensors, files)
+        files = {name: read_bytes(places[name], at_most=MAX_FILE_BYTES) for name in entry.sha256 if name != file}
+        return cls(entry.train_backbone, entry.keep, entry.fingerprint, tensors, files)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:

@@ -15,8 +15,8 @@ from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.rows import Comparison, Source, compare, source_of
 from ptuning.files import Json, write_json, write_text
 from ptuning.names import CARD_FILE, publish_folder
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Rows
 
 FORMAT_VERSION = 1

@@ -19,8 +19,8 @@ from ptuning.errors import ExchangeError
 from ptuning.exchange.prefix_tuning import deep_of
 from ptuning.exchange.prompt_tuning import VECTORS_KEY
 from ptuning.files import Unchecked, read_bytes, read_json
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import BackboneId
 from ptuning.records import Record
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords

@@ -17,16 +17,19 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.soft_prompt import DeepParams, PromptBatch, check_deep_params, initial_deep_params
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
-from ptuning.files import Json, Unchecked
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.sharing import find_prompt, push
-from ptuning.prompt.storage import Stored, read_prompt, write_prompt
+from ptuning.prompt.storage import BackboneId, DeepEntry, Manifest, Stored, TaskEntry, read_prompt, write_prompt
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 
 # The longest target of a prompt that was not trained.
 DEFAULT_TARGET_TOKENS = 8
+# Fields of a prompt that its manifest has under the same name, with the same value.
+SAME_IN_MANIFEST = (
+    "backbone", "target_tokens", "multiline", "method", "seed", "scores", "calibrate", "normalise", "max_length",
+    "learned_to_stop", "scored_on", "intervals", "fields", "merge",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,36 +380,34 @@ class Prompt:
         return cls.from_stored(read_prompt(folder))
 
     @classmethod
-    def from_stored(cls, found: Stored) -> Prompt:
+    def from_stored(cls, stored: Stored) -> Prompt:
         """Make a prompt of the content of its folder; a PromptError if its manifest or its vectors are damaged."""
+        manifest = stored.manifest
         try:
-            return _from_manifest(found, Unchecked(found.manifest, error=PromptError))
-        except (PromptError, ValueError, TemplateError, LabelWordError, TaskError) as error:
-            raise PromptError(f"{found.where} is damaged: {error}") from error
+            return cls(
+                Template.parse(manifest.template),
+                stored.vectors,
+                label_words=LabelWords(manifest.label_words) if manifest.label_words is not None else None,
+                task=TaskFile.parse(manifest.task.file, where="its task") if manifest.task is not None else None,
+                weights=stored.weights,
+                deep=stored.deep,
+                **{name: getattr(manifest, name) for name in SAME_IN_MANIFEST},
+            )
+        except (PromptError, TemplateError, LabelWordError, TaskError) as error:
+            raise PromptError(f"{stored.where} is damaged: {error}") from error
 
-    def _manifest(self) -> dict[str, Json]:
-        return {
-            "template": str(self.template),
-            "label_words": self.label_words.to_json() if self.label_words else None,
-            "task": self.task.to_json() if self.task else None,
-            "choices": self.answer_space.has_choices,
-            "calibrate": self.calibrate,
-            "normalise": self.normalise,
-            "backbone": self.backbone.to_json() if self.backbone else None,
-            "width": None if self.slot_vectors is None else self.slot_vectors.shape[1],
-            "slots": self.slots,
-            "target_tokens": self.target_tokens,
-            "max_length": self.max_length,
-            "multiline": self.multiline,
-            "learned_to_stop": self.learned_to_stop,
-            "method": self.method,
-            "seed": self.seed,
-            "scores": dict(self.scores),
-            "scored_on": self.scored_on,
-            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
-            "fields": dict(self.fields),
-            "merge": list(self.merge),
-        }
+    def _manifest(self) -> Manifest:
+        words = self.label_words
+        return Manifest(
+            template=str(self.template),
+            label_words=None if words is None else {label: tuple(listed) for label, listed in words.words.items()},
+            task=None if self.task is None else TaskEntry.model_validate(self.task.to_json()),
+            choices=self.answer_space.has_choices,
+            width=None if self.slot_vectors is None else self.slot_vectors.shape[1],
+            slots=self.slots,
+            deep=None if self.deep is None else DeepEntry.model_validate(self.deep.to_json()),
+            **{name: getattr(self, name) for name in SAME_IN_MANIFEST},
+        )
 
 
 # A prompt, or the folder or hub id of one.
@@ -421,36 +422,3 @@ def as_prompt(prompt: OnePrompt) -> Prompt:
 def as_template(template: str | Template) -> Template:
     """Return a template; a pattern is parsed."""
     return Template.parse(template) if isinstance(template, str) else template
-
-
-def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
-    words = manifest.optional("label_words", Unchecked.table)
-    return Prompt(
-        Template.parse(manifest.at("template").text()),
-        found.vectors,
-        manifest.optional("backbone", BackboneId.from_json),
-        LabelWords({label: listed.texts() for label, listed in words.items()}) if words else None,
-        target_tokens=manifest.at("target_tokens", DEFAULT_TARGET_TOKENS).whole(),
-        multiline=manifest.at("multiline", default=False).flag(),
-        method=manifest.at("method").text(),
-        seed=manifest.optional("seed", Unchecked.whole),
-        scores={name: one.number(finite=False) for name, one in manifest.at("scores", {}).table().items()},
-        task=manifest.optional("task", lambda one: TaskFile.parse(one.at("file").text(), where="its task")),
-        calibrate=manifest.at("calibrate", default=False).flag(),
-        normalise=manifest.at("normalise", "sum").one_of(("sum", "mean")),
-        weights=found.weights,
-        learned_to_stop=manifest.at("learned_to_stop", default=False).flag(),
-        max_length=manifest.optional("max_length", Unchecked.whole),
-        scored_on=manifest.optional("scored_on", Unchecked.whole),
-        intervals={name: _interval(one) for name, one in manifest.at("intervals", {}).table().items()},
-        fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
-        merge=tuple(manifest.at("merge", []).texts()),
-        deep=found.deep,
-    )
-
-
-def _interval(found: Unchecked) -> tuple[float, float]:
-    ends = [one.number() for one in found.items()]
-    if len(ends) != 2:
-        raise found.wrong("the two ends of an interval")
-    return ends[0], ends[1]

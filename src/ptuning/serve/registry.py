@@ -286,7 +286,7 @@ class Registry:
                     raise FileError(f"{path} {message}")
         for _ in range(ATTEMPTS):
             stamp, before = _stamp(folder), read_bytes(manifest, at_most=MAX_MANIFEST_BYTES)
-            _check_manifest(read_json(manifest, at_most=MAX_MANIFEST_BYTES), folder)
+            _check_files(read_json(manifest, at_most=MAX_MANIFEST_BYTES), folder, manifest.with_name(VECTORS_FILE))
             prompt = Prompt.load(folder)
             if read_bytes(manifest, at_most=MAX_MANIFEST_BYTES) == before:
                 self._check(prompt)
@@ -309,13 +309,12 @@ def prompts_in(root: Path) -> Iterator[Path]:
     yield from ([root] if has_prompt(root) else prompt_folders(root))
 
 
-def _check_manifest(manifest: Mapping[str, Json], folder: Path) -> None:
-    slots, width = manifest.get("slots"), manifest.get("width")
-    if isinstance(slots, int) and isinstance(width, int) and 4 * slots * width > MAX_VECTORS_BYTES:
-        raise PromptError(
-            f"{folder} has {slots} slots of width {width} by its manifest, more than the {MAX_VECTORS_BYTES:,} bytes "
-            "of a prompt in service; it is damaged"
-        )
+def _check_files(manifest: Mapping[str, Json], folder: Path, vectors: Path) -> None:
+    with contextlib.suppress(OSError):
+        if vectors.stat().st_size > MAX_VECTORS_BYTES:
+            raise PromptError(
+                f"{vectors} is larger than the {MAX_VECTORS_BYTES:,} bytes of a prompt in service; it is damaged"
+            )
     if manifest.get("weights") is not None:
         raise PromptError(
             f"{folder} has trained weights of the backbone in it, and one model in memory serves all prompts; "

@@ -33,11 +33,11 @@ from ptuning.names import (
     remove,
 )
 from ptuning.progress import OnProgress, named
-from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import MORE_TOKENS, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.prompt.score_generation import epoch_metric
+from ptuning.prompt.storage import BackboneId
 from ptuning.provenance import described, versions
 from ptuning.statistics import Score, score
 from ptuning.template.language import Template
