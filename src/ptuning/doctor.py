@@ -34,7 +34,7 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.number_format import units
 from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import ConfigError, PTuningError, cut
-from ptuning.exchange.rows import made_record
+from ptuning.exchange.verify import made_record
 from ptuning.files import Json, parse_json
 from ptuning.names import MANIFEST_FILE, PROMPT_FOLDER
 from ptuning.prompt.inputs import InferenceInputs, typed_fields

@@ -1,4 +1,4 @@
-"""What the tests of exports share: tiny LLaMAs whose tokenizer keeps reserved tokens, tied and untied."""
+"""Shared by the tests of exports: tiny LLaMAs whose tokenizer has reserved tokens, tied and untied."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.exchange.export import EXPORT_FILE, export_prompt
@@ -21,13 +20,13 @@ from ptuning.records import Record
 from tests.conftest import CONTEXT, RECORDS, make_tokenizer
 
 ANYWHERE = "[P*2] {x} is [P] [Y]"
-IN_FRONT = "The [P*2] city [P] {x} is [Y]"
+FIRST = "The [P*2] city [P] {x} is [Y]"
 RESERVED = [f"<|reserved_{number}|>" for number in range(5)]
 
 
-def reserving_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
+def reserving_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with reserved tokens, and one special token of the chat template."""
-    made = make_tokenizer(family)
+    made = make_tokenizer("llama")
     made.add_special_tokens({"extra_special_tokens": ["<|turn|>", *RESERVED]})
     made.chat_template = "{% for message in messages %}<|turn|>{{ message.content }}{% endfor %}"
     return made
@@ -40,17 +39,13 @@ def reserving(*, tied: bool = True, head: type[Any] = LlamaForCausalLM) -> Backb
 
 
 def reserving_model(*, tied: bool = True, head: type[Any] = LlamaForCausalLM) -> PreTrainedModel:
-    tokenizer = reserving_tokenizer()
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
     config = (LlamaConfig if head is LlamaForCausalLM else head.config_class)(
-        vocab_size=len(tokenizer),
-        **sizes,
+        vocab_size=len(reserving_tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=CONTEXT,
@@ -67,25 +62,26 @@ def reserving_model(*, tied: bool = True, head: type[Any] = LlamaForCausalLM) ->
     return model
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    return reserving(tied=request.param)
-
-
 def loaded_by_peft(folder: Path, model: PreTrainedModel) -> Any:
     """Load an adapter as a stranger would."""
     with warnings.catch_warnings():
-        # Of adapters on tied embeddings, of which the input side alone is adapted; and of PEFT's own old calls.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of adapters on tied embeddings, and of PEFT's own old calls
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def by_stranger(kind: str, folder: Path, model: PreTrainedModel, example: dict[str, Any]) -> float:
+    """Run ``input_ids`` followed by ``target_ids`` as a stranger would, and return the target's log-probability."""
+    if kind == "tokens":
+        return asked(AutoModelForCausalLM.from_pretrained(folder).eval(), example)
+    return asked(loaded_by_peft(folder, model), example)
 
 
 def exported(prompt: Prompt, backbone: Backbone, out: Path, kind: str, data: Any = RECORDS) -> dict[str, Any]:
     """Export a prompt, and return what its ``export.json`` holds."""
     about = export_prompt(prompt, backbone, data, out, kind=kind)
-    found: dict[str, Any] = json.loads((out / EXPORT_FILE).read_text(encoding="utf-8"))
-    assert about == found
-    return found
+    written: dict[str, Any] = json.loads((out / EXPORT_FILE).read_text(encoding="utf-8"))
+    assert about == written
+    return written
 
 
 def ours(prompt: Prompt, backbone: Backbone, record: Record) -> float:
@@ -96,14 +92,12 @@ def ours(prompt: Prompt, backbone: Backbone, record: Record) -> float:
 
 
 def of_targets(logits: torch.Tensor, target_ids: list[int]) -> float:
-    found = torch.log_softmax(logits.float(), dim=-1)
-    return float(sum(found[at, token] for at, token in enumerate(target_ids)))
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    return float(sum(log_probs[at, token] for at, token in enumerate(target_ids)))
 
 
 @torch.no_grad()
 def asked(model: Any, example: dict[str, Any]) -> float:
-    """Run ``input_ids`` followed by ``target_ids`` as a stranger would, and return the target's log-probability."""
     ids = torch.tensor([example["input_ids"] + example["target_ids"]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
-    scoring = logits[-len(example["target_ids"]) - 1 : -1]
-    return of_targets(scoring, example["target_ids"])
+    return of_targets(logits[-len(example["target_ids"]) - 1 : -1], example["target_ids"])

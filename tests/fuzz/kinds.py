@@ -38,7 +38,7 @@ from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_nam
 from ptuning.data.word_lists import read_words
 from ptuning.doctor import Answer, CheckedPrompt, Server, check_server, read_prompts
 from ptuning.errors import TaskError
-from ptuning.exchange.imports import import_prompt, read_adapter_folder
+from ptuning.exchange.import_peft import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.metrics.generation import TEXT_METRICS, value_of_texts
 from ptuning.prompt.prediction import Candidate, Prediction

@@ -1,4 +1,4 @@
-"""`ptuning export`: a prompt in the forms of other programs."""
+"""`ptuning export` and `import`: prompts in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from ptuning import load_backbone
-from ptuning.cli.commands import exchange
-from ptuning.exchange.export import FORMS
 from tests.cli.test_app import QUICK, fails, works
 from tests.conftest import learned
 
@@ -20,10 +18,6 @@ FACTS = '{"x": "Kenya", "y": "Nairobi"}\n{"x": "France", "y": "Paris"}\n'
 def prompt(llama: str) -> str:
     learned(load_backbone(llama, dtype="float32"), "[P*2] {x} is [P] [Y]").save("prompt")
     return "prompt"
-
-
-def test_the_command_knows_the_forms() -> None:
-    assert list(FORMS) == list(exchange.FORMS)
 
 
 def test_export_compares_on_the_data_that_is_named(prompt: str, llama: str) -> None:

@@ -12,19 +12,20 @@ from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, development_records, load, prompt_of
 from ptuning.cli.options import DATA, OUTPUT, TEMPLATE, option
 from ptuning.errors import ConfigError
+from ptuning.exchange import FORMATS
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
 
-FORMS = ("lora", "peft", "tokens", "gguf", "embeds")
-
 
 @options.takes(backbone=options.backbone_options)
 def export(
     prompt: options.PromptArgument,
-    kind: Annotated[str, option("--as", metavar="|".join(FORMS), panel=OUTPUT, about="Export format.", complete=FORMS)],
+    kind: Annotated[
+        str, option("--as", metavar="|".join(FORMATS), panel=OUTPUT, about="Export format.", complete=tuple(FORMATS))
+    ],
     out: Annotated[str, option(metavar="DIR", panel=OUTPUT, about="New folder.")],
     data: Annotated[
         str | None,
@@ -37,18 +38,18 @@ def export(
     *,
     backbone: options.AskedBackbone,
 ) -> None:
-    """Write a prompt in the form of another program, read it back, and compare the answers.
+    """Write a prompt in the format of another program, read it back, and compare the answers.
 
     Example: ptuning export capitals --as lora --out capitals-lora
     """
     with terminal.waiting("starting"):
-        from ptuning.exchange.export import EXPORT_FILE, check_exportable, export_prompt, form_of
+        from ptuning.exchange.export import EXPORT_FILE, check_exportable, check_format, export_prompt
         from ptuning.names import check_free
 
-    form_of(kind)
+    check_format(kind)
     check_free(Path(out))
     chosen = prompt_of(prompt)
-    form = check_exportable(chosen, kind)
+    check_exportable(chosen, kind)
     rows = _compared_on(chosen, prompt, data, field)
     # The number format of training is for speed; here rounding would hide what is compared.
     exact = replace(backbone, options=replace(backbone.options, dtype="float32"))
@@ -58,7 +59,7 @@ def export(
     if as_json:
         terminal.print_json(about)
         return
-    terminal.heading(f"{out}: {form.about}")
+    terminal.heading(f"{out}: {FORMATS[kind]}")
     difference = about["largest_log_prob_difference"]
     terminal.line(f"read back; log-probabilities differ by {difference:.2g} at most, n = {about['n']} ({rows.name})")
     terminal.line(f"{out}/README.md says how to use it, {out}/{EXPORT_FILE} has an example")
@@ -69,7 +70,7 @@ def _compared_on(chosen: Prompt, name: str, data: str | None, field: list[str] |
         return data_of(data, field, chosen.task, part="val", prompt=chosen)
     if field:
         raise ConfigError("--field renames columns of --data; leave it out")
-    from ptuning.exchange.rows import made_record
+    from ptuning.exchange.verify import made_record
 
     if chosen.answer_space.has_choices:
         raise ConfigError("the prompt chooses among choices that each row brings; name rows to compare on with --data")
@@ -93,16 +94,16 @@ def import_prompt(
     Example: ptuning import peft-folder --template "[P*20]{text} Label: [Y]" --out mine
     """
     with terminal.waiting("starting"):
-        from ptuning.exchange import imports
+        from ptuning.exchange.import_peft import import_prompt, read_adapter_folder
         from ptuning.names import check_free
         from ptuning.template.labels import LabelWords
         from ptuning.template.language import Template
 
     parsed, words = Template.parse(template), LabelWords.of(labels) if labels is not None else None
     check_free(Path(out))
-    adapter = imports.read_adapter_folder(folder)
+    adapter = read_adapter_folder(folder)
     loaded = load(backbone if backbone.name is not None else replace(backbone, name=adapter.base_model))
-    prompt = imports.import_prompt(adapter, parsed, loaded, label_words=words)
+    prompt = import_prompt(adapter, parsed, loaded, label_words=words)
     prompt.save(out)
     terminal.heading(f"{out}: {prompt.every_slot} slots, {prompt.method}, for {loaded.name}")
     terminal.line(f"next: ptuning eval {out} --data FILE")
