@@ -14,7 +14,7 @@ from ptuning.errors import FileError
 from ptuning.experiment.compare import compare
 from ptuning.experiment.merge import merged
 from ptuning.report.results_file import Results
-from ptuning.report.write import write_pages
+from ptuning.report.write import write_report
 from tests.experiment.test_compare import FACTS
 
 Run = Callable[..., Results]
@@ -49,7 +49,7 @@ def test_methods_that_differ_are_named_after_their_folder(run: Run, tmp_path: Pa
     assert found.settings["encoder"] == "lstm: lstm; none: none"
     assert found.settings["epochs"] == 2
     assert found.methods["p-tuning (none)"].describe.endswith("; none")
-    page = write_pages(found, tmp_path / "report")
+    page = write_report(found, tmp_path / "report")
     text = page.read_text(encoding="utf-8")
     assert "Learning curves" in text  # read from the folders' cells
     assert not (tmp_path / "report" / "results.json").exists()

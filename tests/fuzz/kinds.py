@@ -46,7 +46,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.storage import BackboneId
 from ptuning.records import Record, as_records, gathered, references_of, require_fields
 from ptuning.records import rows_of as rows_of_data
-from ptuning.report import sections
+from ptuning.report import page
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
 from ptuning.serve.engine.engine import Engine
@@ -432,8 +432,8 @@ def reports(draw: Draw) -> None:
         if draw(st.integers(0, 15)) == 0:
             tried(write_report, path)
             return
-        tried(lambda: list(sections._answer(found)))
-        for heading, make in sections.SECTIONS.items():
+        tried(lambda: list(page._answer(found)))
+        for heading, make in page.SECTIONS.items():
             if heading not in DRAWN:
                 tried(make, found)
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from ptuning.report import pictures
+from ptuning.report.page import build_page
 from ptuning.report.results_file import read_results
-from ptuning.report.sections import build_page
 from ptuning.report.write import write_report
 
 # Names that would break a page or a table if they were not escaped.
@@ -150,13 +149,6 @@ def write_cells(folder: Path, results: dict[str, Any]) -> None:
 
 def save(folder: Path, results: dict[str, Any]) -> None:
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages with empty pictures, for tests of what stands around them: drawing takes most of a page's time."""
-    for kind in ("dots", "curves", "matrices"):
-        monkeypatch.setattr(pictures, kind, lambda *_, **__: '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def _time(cells: Sequence[CellEstimate]) -> str:
 
 def show_results(found: Results) -> None:
     """Print the main table, the learned prompt's confusion of labels, the differences, and where everything lies."""
-    from ptuning.report.confusion import confusions
+    from ptuning.report.page import confusions
 
     if len(found.tasks) > 1:
         many = found.overall_unit

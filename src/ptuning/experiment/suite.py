@@ -30,7 +30,7 @@ from ptuning.experiment.cells import (
     mean_seconds,
     saved_identity,
 )
-from ptuning.files import Json, Unchecked, make_folder, read_json, sha256, write_json
+from ptuning.files import Json, Unchecked, make_folder, read_json, sha256, write_json, write_json_lines
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer
@@ -49,7 +49,7 @@ from ptuning.names import (
 )
 from ptuning.progress import Interrupted, OnProgress, Progress, named
 from ptuning.provenance import described, versions
-from ptuning.report.results_file import FORMAT_VERSION, Cell, read_answers, write_answers
+from ptuning.report.results_file import FORMAT_VERSION, Cell, read_answers
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
@@ -420,7 +420,7 @@ class Suite(JobSet[CellResult]):
         solution = self.methods[cell.method].fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
         result = self._result(cell, answers, solution.record, time.monotonic() - began)
-        write_answers(folder / PREDICTIONS_FILE, answered_rows(job.test, answers))
+        write_json_lines(folder / PREDICTIONS_FILE, (row.to_json() for row in answered_rows(job.test, answers)))
         write_json(folder / RUN_FILE, self._record(cell, result, solution.record))
         (folder / STARTED_FILE).unlink(missing_ok=True)
         return result

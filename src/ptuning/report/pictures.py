@@ -31,7 +31,7 @@ MARKERS = ("o", "D", "s", "^", "v")
 HOLLOW = (True, False, True, False, False)
 GREY = "#6b6b6b"
 LABEL_CHARACTERS = 22
-MOST_BESIDE = 7  # labels of two confusion matrices that stand beside each other
+MAX_SIDE_BY_SIDE = 7  # labels of two confusion matrices in one line
 # XML 1.0, production 2, has all other characters.
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
@@ -50,8 +50,17 @@ def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], un
             for series, (score, at) in enumerate(((first, index - 0.15), (second, index + 0.15))):
                 axes.plot((100 * score.low, 100 * score.high), (at, at), color=COLOURS[series], linewidth=1.6, zorder=2)
                 _mark(axes, [score.value], at, series=series)
-        _legend(figure, axes, names)
-        _rows(axes, [_short(label) for label, _, _ in rows])
+        for series, method in enumerate(names):
+            _mark(axes, [], 0.0, series=series, label=method)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
+        axes.set_yticks(range(len(rows)), [_cut(label, LABEL_CHARACTERS) for label, _, _ in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=True, axis="x")
+        axes.set_axisbelow(True)
+        axes.spines["left"].set_visible(False)
+        for between in range(1, len(rows)):
+            axes.axhline(between - 0.5, color=RULE, linewidth=0.8, zorder=0)
         axes.set_xlabel(f"{unit}, % (whiskers: 95 % interval)")
     return svg[0]
 
@@ -88,7 +97,7 @@ def matrices(panels: Mapping[str, Confusion], *, name: str) -> str:
     from matplotlib.colors import LinearSegmentedColormap
 
     size = max(len(matrix.labels) for matrix in panels.values())
-    columns = min(2, len(panels)) if size <= MOST_BESIDE else 1
+    columns = min(2, len(panels)) if size <= MAX_SIDE_BY_SIDE else 1
     lines = -(-len(panels) // columns)
     shades = LinearSegmentedColormap.from_list("shares", ["#ffffff", COLOURS[1]])
     with _canvas(name, height=(0.24 * size + 0.75) * lines) as (figure, svg):
@@ -167,17 +176,6 @@ def _own_ids(svg: str, name: str) -> str:
     )
 
 
-def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(visible=True, axis="x")
-    axes.set_axisbelow(True)
-    axes.spines["left"].set_visible(False)
-    for between in range(1, len(labels)):
-        axes.axhline(between - 0.5, color=RULE, linewidth=0.8, zorder=0)
-
-
 def _mark(axes: Axes, values: Sequence[float], at: float, *, series: int, label: str | None = None) -> None:
     colour, marker, hollow = (items[series % len(items)] for items in (COLOURS, MARKERS, HOLLOW))
     axes.plot(
@@ -194,18 +192,8 @@ def _mark(axes: Axes, values: Sequence[float], at: float, *, series: int, label:
     )
 
 
-def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    for series, called in enumerate(names):
-        _mark(axes, [], 0.0, series=series, label=called)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
-
-
 def _percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in points], [100 * value for _, value in points]
-
-
-def _short(label: str) -> str:
-    return _cut(label, LABEL_CHARACTERS)
 
 
 def _cut(label: str, most: int) -> str:

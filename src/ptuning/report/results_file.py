@@ -24,7 +24,6 @@ from ptuning.files import (
     read_json_lines,
     validate,
     write_json,
-    write_json_lines,
 )
 from ptuning.metrics import Answer, primary
 from ptuning.names import CELLS_FOLDER, LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE, is_folder_name
@@ -359,13 +358,8 @@ class _Curve(FileModel):
     start: _Start = _Start()
 
 
-def write_answers(path: Path, rows: Iterable[AnsweredRow]) -> None:
-    """Write ``predictions.jsonl``."""
-    write_json_lines(path, (row.to_json() for row in rows))
-
-
 def read_answers(path: Path) -> list[AnsweredRow]:
-    """Read what :func:`write_answers` wrote; raise FileError if it is missing or damaged."""
+    """Read ``predictions.jsonl``; raise FileError if it is missing or damaged."""
     rows = []
     for number, value in enumerate(read_json_lines(path), start=1):
         line = validate(_Line, value, f"{path}, row {number} is damaged", advice=AGAIN)

@@ -23,8 +23,8 @@ from ptuning.training.spec import template_pair
 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellResult
-    from ptuning.report.exports import Format
     from ptuning.report.results_file import Results
+    from ptuning.report.write import Format
 
 # Comparison -> option -> the argument of its Python function. Other options cannot act there and are refused.
 ARGUMENTS: Mapping[str, Mapping[str, str]] = {
@@ -246,7 +246,7 @@ def report(
     """
     formats: list[Format] = [name for name, asked in (("latex", latex), ("csv", csv)) if asked]  # type: ignore[misc]
     with terminal.waiting("writing the report"):
-        from ptuning.report.write import write_pages, write_report
+        from ptuning.report.write import write_report
 
         if len(folders) == 1 and out is None:
             page = write_report(folders[0], formats=formats)
@@ -257,7 +257,7 @@ def report(
             place = results.folder / "report"
             if place.is_relative_to(Path.cwd()):
                 place = place.relative_to(Path.cwd())
-            page = write_pages(results, place if out is None else out, formats=formats)
+            page = write_report(results, place if out is None else out, formats=formats)
     terminal.line(str(page))
     if open_:
         typer.launch(str(page))
