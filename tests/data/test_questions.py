@@ -11,6 +11,7 @@ import pytest
 
 from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, RowPath, as_questions
 from ptuning.errors import RecordError
+from ptuning.files import validate
 from ptuning.records import Records
 
 at = RowPath.parse
@@ -50,13 +51,14 @@ def test_unlabelled_rows_need_no_label_and_show_none() -> None:
         read(LABELLED, {"text": "a"})
 
 
-def choices(right: str, **options: object) -> Reader:
-    return Reader({}, choices=ChoiceSource(texts=(at("a"), at("b")), right=at(right)))
+def choices(**keys: Any) -> Reader:
+    """A reader of choices, by default those at a and b; the keys are those of a task file."""
+    return Reader({}, choices=validate(ChoiceSource, keys or {"from": ["a", "b"]}))
 
 
 @pytest.mark.parametrize(("right", "answers"), [(1, (1,)), ("1", (1,)), ("Left", (0,)), (True, (0,)), (False, (1,))])
 def test_the_right_choice_is_a_number_a_text_or_true_for_the_first(right: object, answers: tuple[int, ...]) -> None:
-    (found,) = read(choices("label"), {"a": "Left", "b": "Right", "label": right})
+    (found,) = read(choices(), {"a": "Left", "b": "Right", "label": right})
     assert (found.choices, found.answers) == (("Left", "Right"), answers)
     assert found.record["y"] == found.choices[answers[0]]
 
@@ -75,14 +77,13 @@ def test_the_right_choice_is_a_number_a_text_or_true_for_the_first(right: object
     ],
 )
 def test_numbers_of_choices_are_those_of_the_row(listed: list[object], right: object, text: str) -> None:
-    reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
-    (found,) = read(reader, {"options": listed, "label": right})
-    assert found.right == (text,)
-    assert found.record["y"] == text
+    (question,) = read(choices(**{"from": ["options[]"]}), {"options": listed, "label": right})
+    assert question.right == (text,)
+    assert question.record["y"] == text
 
 
 def test_an_empty_choice_is_not_right() -> None:
-    reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
+    reader = choices(**{"from": ["options[]"]})
     for right in (0, True):
         with pytest.raises(RecordError, match="is not one of the 3 choices"):
             read(reader, {"options": ["", "a", "b"], "label": right})
@@ -113,13 +114,13 @@ def test_what_is_no_json_in_columns_that_nobody_reads() -> None:
 def test_what_is_right_and_no_choice_is_an_error() -> None:
     for right in (2, "Middle"):
         with pytest.raises(RecordError, match="not one of the 2 choices Left, Right"):
-            read(choices("label"), {"a": "Left", "b": "Right", "label": right})
+            read(choices(), {"a": "Left", "b": "Right", "label": right})
     with pytest.raises(RecordError, match=r"1 choice\(s\)"):
-        read(choices("label"), {"a": "Left", "b": "Left", "label": 0})
+        read(choices(), {"a": "Left", "b": "Left", "label": 0})
 
 
 def test_spans_are_cut_from_the_text_with_their_last_character_and_stand_once() -> None:
-    source = ChoiceSource(spans=at("passage.spans[]"), of=at("passage.text"), right=at("qas[].answers[].text"))
+    source = choices(spans="passage.spans[]", of="passage.text", right="qas[].answers[].text").choices
     reader = Reader({"q": at("qas[].q")}, lists=(at("qas[]"),), choices=source, group=(at("id"), at("qas[].id")))
     row: dict[str, Any] = {
         "id": 7,
@@ -137,9 +138,8 @@ def test_spans_are_cut_from_the_text_with_their_last_character_and_stand_once() 
 
 
 def test_phrases_beside_the_first_choice_hold_none_of_its_words() -> None:
-    source = ChoiceSource(texts=(at("span"),), phrases=at("text"))
     row = {"text": "The old man saw the dog and Bob because he barked.", "span": "Old man", "label": False}
-    (found,) = read(Reader({}, choices=source), row)
+    (found,) = read(choices(**{"from": "span", "phrases": "text"}), row)
     assert found.choices == ("Old man", "the dog", "Bob")
     assert found.answers == (1, 2)
 
@@ -173,9 +173,8 @@ def test_records_are_questions_without_choices() -> None:
 
 
 def test_a_right_answer_of_thousands_of_digits_is_none_of_the_choices() -> None:
-    reader = Reader({}, choices=ChoiceSource((at("a"), at("b"))))
     with pytest.raises(RecordError, match=r"the right answer '9+' is not one of the 2 choices"):
-        read(reader, {"a": "x", "b": "y", "label": "9" * 5000})
+        read(choices(), {"a": "x", "b": "y", "label": "9" * 5000})
 
 
 def test_rows_of_a_table_are_read_as_those_of_a_file() -> None:

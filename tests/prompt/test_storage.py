@@ -116,7 +116,9 @@ def test_a_manual_prompt_with_every_piece_of_a_template_comes_back(tmp_path: Pat
 def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
     """Whoever has the folder can read the task's rows and answer them, without the task's own file."""
     task = load_task("COPA")
-    Prompt.manual(task.manual[0], task=replace(task, calibrate=True, normalise="mean")).save(tmp_path / "p")
+    Prompt.manual(task.manual[0], task=task.model_copy(update={"calibrate": True, "normalise": "mean"})).save(
+        tmp_path / "p"
+    )
     found = Prompt.load(tmp_path / "p")
     assert found.task == task
     assert found.answer_space.has_choices

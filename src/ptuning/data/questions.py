@@ -1,5 +1,5 @@
 """Questions: the rows of a task, ready for templates, with their fields, choices, right answers and groups; and paths
-to texts in a row, with small repairs: ``passage.questions[].question|no_full_stop``.
+to texts in a row with small repairs, such as ``passage.questions[].question|no_full_stop``.
 
 A path is names with dots between them; ``[]`` after a name goes through a list. Repairs follow, each after a ``|``:
     ``no_full_stop``    without a full stop, question or exclamation mark at the end
@@ -12,16 +12,20 @@ A path is names with dots between them; ``[]`` after a name goes through a list.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from ptuning.data.noun_phrases import other_phrases
 from ptuning.data.reading import Row
 from ptuning.errors import RecordError, TaskError, closest
-from ptuning.files import Json, sha256
+from ptuning.files import FileModel, Json, sha256
 from ptuning.records import (
     IN_MEMORY,
     TARGET_FIELD,
@@ -42,7 +46,7 @@ Context = Mapping[str, Json]
 
 PLAIN_REPAIRS = ("no_full_stop", "lower_first")
 REPAIRS = (*PLAIN_REPAIRS, "before", "after", "without", "mark")
-MOST_DIGITS = 18  # of a place in a list
+MAX_DIGITS = 18  # of a place in a list
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class RowPath:
                     f"'{text}': unknown repair '{name}'.{closest(name, REPAIRS)} Known: {', '.join(REPAIRS)}"
                 )
             if (name in PLAIN_REPAIRS) != (argument == ""):
-                what = "takes nothing" if argument else "needs something"
-                raise TaskError(f"'{text}': the repair '{name}' {what} after its name")
+                needs = "takes nothing" if argument else "needs something"
+                raise TaskError(f"'{text}': the repair '{name}' {needs} after its name")
             if name == "mark":
                 cls.parse(argument)
             parsed.append((name, argument))
@@ -94,23 +98,45 @@ class RowPath:
             if prefix in context:
                 level = [context[prefix]]
                 continue
-            level = [inner for value in level for inner in _step(value, name, path=self.written, where=where)]
+            key, inner = name.removesuffix("[]"), []
+            for value in level:
+                if not isinstance(value, Mapping):
+                    raise RecordError(
+                        f"{where}: '{self.written}' looks for '{key}' in {_kind(value)}, which is not an object"
+                    )
+                if key not in value:
+                    known = ", ".join(sorted(value)) or "nothing"
+                    raise RecordError(
+                        f"{where}: no '{key}', which '{self.written}' needs; there is {known}.{closest(key, value)}"
+                    )
+                items = value[key] if name.endswith("[]") else [value[key]]
+                if not isinstance(items, list):
+                    raise RecordError(
+                        f"{where}: '{key}' is not a list, and '{self.written}' goes through one; leave out its []"
+                    )
+                inner += items
+            level = inner
         return level
 
     def texts(self, context: Context, *, where: str) -> list[str]:
         """Return the texts at the path, repaired; numbers and booleans as JSON writes them."""
-        return [
-            self.repaired(_text(value, path=self.written, where=where), context, where=where)
-            for value in self.values(context, where=where)
-        ]
+        texts = []
+        for value in self.values(context, where=where):
+            if not isinstance(value, str | bool | int | float):
+                raise RecordError(
+                    f"{where}: '{self.written}' is {_kind(value)}, and text, a number or true/false is needed"
+                )
+            text = value if isinstance(value, str) else json.dumps(value)
+            texts.append(self.repaired(text, context, where=where))
+        return texts
 
     def text(self, context: Context, *, where: str) -> str:
         """Return the one text at the path; raise a RecordError if there is not exactly one."""
         texts = self.texts(context, where=where)
         if len(texts) != 1:
             raise RecordError(
-                f"{where}: '{self.written}' leads to {len(texts)} texts, and a field takes one; list what it goes "
-                "through under 'rows'"
+                f"{where}: '{self.written}' leads to {len(texts)} texts, and a field takes one; name the list that it "
+                "goes through under 'rows'"
             )
         return texts[0]
 
@@ -118,7 +144,10 @@ class RowPath:
         """Apply the repairs to a text; raise a RecordError if one does not find the text or number that it needs."""
         for name, argument in self.repairs:
             if name == "no_full_stop":
-                text = _without_full_stop(text)
+                # From the end: a regular expression would try each of many dots or spaces as the first.
+                shown = text.rstrip()
+                bare = shown.rstrip(".?!")
+                text = text if bare == shown else bare.rstrip()
             elif name == "lower_first":
                 first = re.match(r"\w+", text)
                 if first is not None and not first[0].isupper():  # "I" and "NASA" stay
@@ -126,10 +155,17 @@ class RowPath:
             elif name == "without":
                 text = text.replace(argument, "")
             elif name == "mark":
-                text = _marked(text, RowPath.parse(argument).text(context, where=where), where=where)
+                words, number = text.split(), RowPath.parse(argument).text(context, where=where)
+                at = place(number)
+                if at is None or at >= len(words):
+                    raise RecordError(
+                        f"{where}: no word number {number[:80]} to mark among the {len(words)} of '{text[:80]}'"
+                    )
+                words[at] = re.sub(r"\w+(?:['-]\w+)*", r"*\g<0>*", words[at], count=1)
+                text = " ".join(words)
             else:
-                before, found, after = text.partition(argument)
-                if not found:
+                before, separator, after = text.partition(argument)
+                if not separator:
                     raise RecordError(
                         f"{where}: there is no '{argument}' in '{text[:80]}', where '{self.written}' needs it"
                     )
@@ -137,19 +173,43 @@ class RowPath:
         return text
 
 
-def unfold(row: Json, lists: Iterable[RowPath], *, where: str) -> Iterator[Context]:
-    """Yield one context per element of the innermost list, in order; one for the row if there are no lists.
+def place(text: str) -> int | None:
+    """Return the place in a list that a text of digits names, from 0; None for anything else, or too many digits."""
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else None
+
+
+def _kind(value: Json) -> str:
+    if isinstance(value, Mapping | list):
+        return "a list" if isinstance(value, list) else "an object"
+    return json.dumps(value, ensure_ascii=False)[:80]
+
+
+def unfold(row: Json, lists: Iterable[RowPath], *, where: str) -> list[Context]:
+    """Return one context per element of the innermost list, in order; one for the row if there are no lists.
 
     ``lists`` has the paths from the outermost list inwards, each beginning with the one before it.
     """
-    contexts: list[dict[str, Json]] = [{"": row}]
+    contexts: list[Context] = [{"": row}]
     for path in lists:
         contexts = [
             {**context, path.prefix: value} for context in contexts for value in path.values(context, where=where)
         ]
-    yield from contexts
+    return contexts
 
 
+def _parsed_path(value: object) -> RowPath:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("Input should be text in quotation marks")
+    return RowPath.parse(value)
+
+
+def as_tuple(value: object) -> object:
+    """Return a list as a tuple, and one text as a tuple of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+PathText = Annotated[RowPath, PlainValidator(_parsed_path)]
+PathTexts = Annotated[tuple[PathText, ...], BeforeValidator(as_tuple)]
 # The path to a row's label, unless a task names another.
 LABEL = RowPath(("label",), (), "label")
 
@@ -209,34 +269,41 @@ class Questions(list[Question]):
         return any(row.choices for row in self)
 
 
-@dataclass(frozen=True)
-class ChoiceSource:
-    """Paths to a row's choices, and to the right ones among them.
+class ChoiceSource(FileModel, extra="forbid", populate_by_name=False):
+    """Paths to a row's choices, and to the right ones among them: the table ``[choices]`` of a task file.
 
     Choices are the ``texts``; the ``spans`` of the text ``of``, objects with the ``start`` and ``end`` of characters
     (the one at ``end`` is the last); and the noun phrases of the text at ``phrases``. ``right`` is a choice's number
     (from 0), the text of one or more, or true for the first and false for any but the first.
     """
 
-    texts: tuple[RowPath, ...] = ()
-    spans: RowPath | None = None
-    of: RowPath | None = None
-    phrases: RowPath | None = None
-    right: RowPath = LABEL
+    texts: PathTexts = Field((), alias="from")
+    spans: PathText | None = None
+    of: PathText | None = None
+    phrases: PathText | None = None
+    right: PathText = LABEL
+
+    @model_validator(mode="after")
+    def _has_choices(self) -> ChoiceSource:
+        if (self.spans is None) != (self.of is None):
+            raise TaskError("[choices]: 'spans' and 'of' go together, the places and the text that they cut from")
+        if not (self.texts or self.spans or self.phrases):
+            raise TaskError('[choices] need from = ["..."], or spans = "..." and of = "..."')
+        return self
 
     def read(self, context: Context, *, where: str, labelled: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Return the different choices of a row, in order of appearance, and the places of the right ones among them.
 
         Raises a RecordError if there are fewer than two choices, or a right answer is not among them.
         """
-        found = [text for path in self.texts for text in path.texts(context, where=where)]
+        texts = [text for path in self.texts for text in path.texts(context, where=where)]
         if self.spans is not None and self.of is not None:
             text = self.of.text(context, where=where)
-            found += [_span(text, span, where=where) for span in self.spans.values(context, where=where)]
+            texts += [_span(text, span, where=where) for span in self.spans.values(context, where=where)]
         if self.phrases is not None:
-            found += other_phrases(self.phrases.text(context, where=where), than=found)
-        listed = [text.strip() for text in found]
-        kept = tuple(dict.fromkeys(text for text in listed if text))
+            texts += other_phrases(self.phrases.text(context, where=where), than=texts)
+        listed = [text.strip() for text in texts]
+        kept = tuple(dict.fromkeys(filter(None, listed)))
         if len(kept) < 2:
             raise RecordError(f"{where}: {len(kept)} choice(s); a row needs two or more different ones")
         right = self._right(context, listed, where=where) if labelled else set()
@@ -244,16 +311,36 @@ class ChoiceSource:
 
     def _right(self, context: Context, listed: Sequence[str], *, where: str) -> set[str]:
         """Return the right choices. Numbers count the choices as the row lists them, with empty and double ones."""
+
+        def chosen(value: Json, text: str) -> str:
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if text and text in listed and not is_number:
+                return text  # digits are a number only if they are no choice
+            number = value if is_number else place(text)
+            if not isinstance(number, int) or not 0 <= number < len(listed) or not listed[number]:
+                raise RecordError(
+                    f"{where}: the right answer '{text[:80]}' is not one of the {len(listed)} choices "
+                    f"{', '.join(listed)[:200]}; it must be a choice's text, or its number from 0"
+                )
+            return listed[number]
+
         values = self.right.values(context, where=where)
         if len(values) == 1 and isinstance(values[0], bool):
-            first = _right_one(0, "0", listed, where=where)
+            first = chosen(0, "0")
             return {first} if values[0] else {text for text in listed if text != first}
         texts = self.right.texts(context, where=where)
         if not texts:
             raise RecordError(
                 f"{where}: '{self.right.written}' names no right choice; read it as unlabelled, or drop it"
             )
-        return {_right_one(value, text.strip(), listed, where=where) for value, text in zip(values, texts, strict=True)}
+        return {chosen(value, text.strip()) for value, text in zip(values, texts, strict=True)}
+
+
+def _span(text: str, span: Json, *, where: str) -> str:
+    start, end = (span.get("start"), span.get("end")) if isinstance(span, Mapping) else (None, None)
+    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end < len(text)):
+        raise RecordError(f"{where}: the span {json.dumps(span)} is not in a text of {len(text)} characters")
+    return text[start : end + 1]
 
 
 @dataclass(frozen=True)
@@ -286,31 +373,31 @@ class Reader:
             for context in unfold(_plain(row, where=where), self.lists, where=where):
                 yield self._question(context, where=where, labelled=labelled)
 
-    def filled(self, name: str, text: str, *, where: str) -> str:
-        """Return the text of a field for a text as a file would have it: repaired, and replaced by its value."""
-        return self._valued(name, self.fields[name].repaired(text, {"": {}}, where=where), where=where)
-
     def _question(self, context: Context, *, where: str, labelled: bool) -> Question:
         record = {
-            name: self._valued(name, path.text(context, where=where), where=where) for name, path in self.fields.items()
+            name: self.valued(name, path.text(context, where=where), where=where) for name, path in self.fields.items()
         }
         choices: tuple[str, ...] = ()
         answers: tuple[int, ...] = ()
         if self.choices is not None:
             choices, answers = self.choices.read(context, where=where, labelled=labelled)
-            if labelled:
-                record[TARGET_FIELD] = choices[answers[0]]
-        elif labelled:
-            record[TARGET_FIELD] = self._label(context, where=where)
+        if labelled:
+            record[TARGET_FIELD] = choices[answers[0]] if answers else self._label(context, where=where)
         group = [text for path in self.group for text in path.texts(context, where=where)]
-        return Question(record, choices, answers, _joined(group), self._idx(context, where=where), where)
+        # Different groups have different names, whatever characters are in them.
+        is_plain = len(group) < 2 or not any("/" in text for text in group)
+        name = "/".join(group) if is_plain else json.dumps(group, ensure_ascii=False)
+        numbers: dict[str, Json] = {}
+        with contextlib.suppress(RecordError, IndexError):  # only the files for a benchmark's server need them
+            numbers = {name: path.values(context, where=where)[0] for name, path in self.idx.items()}
+        return Question(record, choices, answers, name if group else None, numbers.get("", numbers or None), where)
 
     def _label(self, context: Context, *, where: str) -> str:
         if self.label.names[-1].endswith("[]") and not self.labels:
             texts = [text.strip() for text in self.label.texts(context, where=where)]
             references = list(dict.fromkeys(filter(None, texts)))
             return References(references) if len(references) > 1 else "".join(references)
-        text = self._valued(TARGET_FIELD, self.label.text(context, where=where).strip(), where=where)
+        text = self.valued(TARGET_FIELD, self.label.text(context, where=where).strip(), where=where)
         if self.labels and text not in self.labels:
             raise RecordError(
                 f"{where}: the label '{text}' is outside of the task, which has {', '.join(self.labels)}."
@@ -318,27 +405,35 @@ class Reader:
             )
         return text
 
-    def _valued(self, name: str, text: str, *, where: str) -> str:
+    def valued(self, name: str, text: str, *, where: str) -> str:
         """Return the text for a value of the file. The name of a label needs no entry in ``values``."""
         known = self.values.get(name)
         if known is None or (text not in known and name == TARGET_FIELD and text in self.labels):
             return text
         if text not in known:
-            what = "label" if name == TARGET_FIELD else f"field '{name}'"
+            named = "label" if name == TARGET_FIELD else f"field '{name}'"
             raise RecordError(
-                f"{where}: the {what} is '{text}', and the task's [values] have {', '.join(known)}."
+                f"{where}: the {named} is '{text}', and the task's [values] have {', '.join(known)}."
                 f"{closest(text, known)}"
             )
         return known[text]
 
-    def _idx(self, context: Context, *, where: str) -> Json:
-        numbers: dict[str, Json] = {}
-        for name, path in self.idx.items():
-            try:
-                numbers[name] = path.values(context, where=where)[0]
-            except (RecordError, IndexError):
-                return None  # only the files for a benchmark's server need it
-        return numbers.get("", numbers or None)
+
+def _plain(row: object, *, where: str) -> Json:
+    """Return a row as plain JSON, whatever the file's format gave. NaN is null, as pandas means it; a date or bytes
+    become the text that Python shows.
+    """
+
+    def own(value: object) -> object:
+        return str(value) if (known := scalar(value)) is None else known
+
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=own)
+        plain: Json = json.loads(text, parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError(f"{where}: the row cannot be read as JSON ({error})") from error
+    check_text(text, where=where)
+    return plain
 
 
 def as_questions(data: Rows | Questions) -> Questions:
@@ -353,102 +448,3 @@ def as_questions(data: Rows | Questions) -> Questions:
 def with_references(rows: Questions) -> Questions:
     """Return rows of which those that differ in their target alone are one, with all of their references."""
     return as_questions(gathered(rows.records))
-
-
-def _plain(row: object, *, where: str) -> Json:
-    """Return a row as plain JSON, whatever the file's format gave. NaN is null, as pandas means it; a date or bytes
-    become the text that Python shows.
-    """
-    try:
-        text = json.dumps(row, ensure_ascii=False, default=_as_json)
-        plain: Json = json.loads(text, parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RecordError(f"{where}: the row cannot be read as JSON ({error})") from error
-    check_text(text, where=where)
-    return plain
-
-
-def _as_json(value: object) -> object:
-    own = scalar(value)
-    return str(value) if own is None else own
-
-
-def _span(text: str, span: Json, *, where: str) -> str:
-    start, end = (span.get("start"), span.get("end")) if isinstance(span, Mapping) else (None, None)
-    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end < len(text)):
-        raise RecordError(f"{where}: the span {json.dumps(span)} is not in a text of {len(text)} characters")
-    return text[start : end + 1]
-
-
-def _right_one(value: Json, text: str, listed: Sequence[str], *, where: str) -> str:
-    """Return a right choice by its number, from 0, or by its text. Digits are a number if they are no choice."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        at = value
-    elif text and text in listed:
-        return text
-    else:
-        at = -1 if (found := place(text)) is None else found
-    if not 0 <= at < len(listed) or not listed[at]:
-        raise RecordError(
-            f"{where}: the right answer '{text[:80]}' is not one of the {len(listed)} choices "
-            f"{', '.join(listed)[:200]}; it must be a choice's text, or its number from 0"
-        )
-    return listed[at]
-
-
-def _joined(group: Sequence[str]) -> str | None:
-    """Return one name for a group; different groups have different names, whatever characters are in them."""
-    if any("/" in text for text in group) and len(group) > 1:
-        return json.dumps(group, ensure_ascii=False)
-    return "/".join(group) if group else None
-
-
-def _step(value: Json, name: str, *, path: str, where: str) -> list[Json]:
-    key = name.removesuffix("[]")
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: '{path}' looks for '{key}' in {_kind(value)}, which is not an object")
-    if key not in value:
-        have = ", ".join(sorted(value)) or "nothing"
-        raise RecordError(f"{where}: no '{key}', which '{path}' needs; there is {have}.{closest(key, value)}")
-    inner = value[key]
-    if not name.endswith("[]"):
-        return [inner]
-    if not isinstance(inner, list):
-        raise RecordError(f"{where}: '{key}' is not a list, and '{path}' goes through one; leave out its []")
-    return inner
-
-
-def _text(value: Json, *, path: str, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    raise RecordError(f"{where}: '{path}' is {_kind(value)}, and text, a number or true/false is needed")
-
-
-def _kind(value: Json) -> str:
-    if isinstance(value, Mapping | list):
-        return "a list" if isinstance(value, list) else "an object"
-    return json.dumps(value, ensure_ascii=False)[:80]
-
-
-def _without_full_stop(text: str) -> str:
-    """Return a text without the marks at its end and the spaces around them; one without marks as it is."""
-    shown = text.rstrip()  # from the end: a regular expression would try each of many dots or spaces as the first
-    bare = shown.rstrip(".?!")
-    return text if bare == shown else bare.rstrip()
-
-
-def _marked(text: str, number: str, *, where: str) -> str:
-    words, at = text.split(), place(number)
-    if at is None or at >= len(words):
-        raise RecordError(
-            f"{where}: there is no word number {number[:80]} to mark among the {len(words)} of '{text[:80]}'"
-        )
-    words[at] = re.sub(r"\w+(?:['-]\w+)*", r"*\g<0>*", words[at], count=1)
-    return " ".join(words)
-
-
-def place(text: str) -> int | None:
-    """Return the place in a list that a text of digits names, from 0; None for anything else, or too many digits."""
-    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
