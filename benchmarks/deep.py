@@ -45,11 +45,11 @@ from benchmarks.mixed import largest_gap, log_probs_of
 from benchmarks.peer import MISSING, PrefixPeer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import GenerationSettings, TrainConfig
-from ptuning.engine.decoding.decoder import GenerationInput
-from ptuning.engine.decoding.generate import generate_answers
+from ptuning.config import TrainConfig
 from ptuning.engine.forward import target_logits
 from ptuning.engine.objective import ScoringRequest, inputs_of
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import generate
 from ptuning.engine.soft_prompt import DeepParams, PromptBatch, prefix_of_tokens
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -271,13 +271,8 @@ def writing(backbone: Backbone, settings: Settings) -> Found:
     def write(who: str, _: int) -> float:
         bound = bounds[who]
         bound.multiline = True
-        rows = [GenerationInput(bound, record, tokens) for record in records]
-        return seconds_of(
-            lambda: generate_answers(
-                backbone, rows, learned[who], settings=GenerationSettings(), top_k=1, pad_side="right"
-            ),
-            backbone.device,
-        )
+        prompt = PreparedPrompt(learned[who], bound)
+        return seconds_of(lambda: generate(backbone, prompt, records, max_tokens=tokens), backbone.device)
 
     for who in bounds:
         write(who, 0)  # what a process does once, before the clock runs

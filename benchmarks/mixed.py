@@ -19,9 +19,9 @@ from ptuning.data.questions import Question
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import PromptRow
 from ptuning.records import Record
 from ptuning.serve.engine.engine import Engine
-from ptuning.serve.engine.job import PromptRow
 
 Answers = dict[str, dict[str, Json]]
 Cells = list[dict[str, Json]]

@@ -10,10 +10,10 @@ from benchmarks.common import Settings, answer, interleave, no_answer, parser, r
 from benchmarks.material import backbone_of, bind, every, seconds_of
 from ptuning.backbone.backbone import quiet
 from ptuning.config import GenerationSettings
+from ptuning.engine import runner
 from ptuning.engine.batch import collate
-from ptuning.engine.decoding.decoder import GenerationInput
-from ptuning.engine.decoding.generate import generate_answers
 from ptuning.engine.forward import embed_inputs
+from ptuning.engine.prefix_store import PreparedPrompt
 from ptuning.prompt.prompt import Prompt
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
@@ -38,8 +38,7 @@ def main(settings: Settings) -> None:
     texts: dict[str, list[str]] = {}
 
     def ours() -> None:
-        rows = [GenerationInput(bound, record, tokens) for record in records]
-        found = generate_answers(backbone, rows, learned, settings=how, top_k=1, pad_side="right")
+        found = runner.generate(backbone, PreparedPrompt(learned, bound), records, max_tokens=tokens, settings=how)
         texts["ptuning"] = [row[0].text for row in found]
 
     def generate() -> None:

@@ -22,9 +22,11 @@ from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
 from ptuning.config import GenerationSettings, TrainConfig
-from ptuning.engine.decoding.decoder import GeneratedText, GenerationInput
-from ptuning.engine.decoding.generate import generate_answers
+from ptuning.engine.batch import Side
+from ptuning.engine.decoding import GeneratedText
 from ptuning.engine.forward import shared_prefix_tokens, target_logits
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import generate
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
@@ -130,13 +132,14 @@ def test_alone_or_in_company(name: str) -> None:
     for template in templates(backbone):
         prompt = learned(backbone, template)
         alone = [PromptModel(backbone).target_logits([record], prompt)[0] for record in RECORDS]
-        for side in ("left", "right"):
-            model = PromptModel(backbone, pad_side=side)
-            together = model.target_logits(RECORDS, prompt)
-            turned = model.target_logits(RECORDS[::-1], prompt)[::-1]
-            for one, other, third in zip(alone, together, turned, strict=True):
-                close(one, other)
-                close(one, third)
+        examples = prompt.bind(backbone).examples(RECORDS)
+        sides: tuple[Side, ...] = ("left", "right") if backbone.pads_left else ("right",)
+        for side, step in itertools.product(sides, (1, -1)):
+            rows = examples[::step]
+            logits = target_logits(backbone, rows, prompt.learned(backbone), pad_side=side)
+            together = logits.split([len(row.logit_positions) for row in rows])[::step]
+            for single, batched in zip(alone, together, strict=True):
+                close(single, batched)
 
 
 @every_family
@@ -228,34 +231,34 @@ def test_written_answers(name: str) -> None:
             continue
         filled = bound(backbone, template)
         assert prompt.slot_vectors is not None
-        found = generate_answers(
+        found = generate(
             backbone,
-            [GenerationInput(filled, row, 5) for row in RECORDS],
-            prompt.learned(backbone),
+            PreparedPrompt(prompt.learned(backbone), filled),
+            RECORDS,
+            max_tokens=5,
             settings=GenerationSettings(),
             top_k=1,
-            pad_side="right",
         )
         for record, answers in zip(RECORDS, found, strict=True):
             ids = slow_answer(backbone, prompt, dict(record), tokens=5)
             assert answers[0].text == backbone.tokenizer.decode(ids).split("\n")[0].strip()
         # Beams are those of each record alone.
-        beams = generate_answers(
+        beams = generate(
             backbone,
-            [GenerationInput(filled, row, 4) for row in RECORDS],
-            prompt.learned(backbone),
+            PreparedPrompt(prompt.learned(backbone), filled),
+            RECORDS,
+            max_tokens=4,
             settings=GenerationSettings(num_beams=3),
             top_k=3,
-            pad_side="right",
         )
         for record, answers in list(zip(RECORDS, beams, strict=True))[:3]:
-            alone = generate_answers(
+            alone = generate(
                 backbone,
-                [GenerationInput(filled, record, 4)],
-                prompt.learned(backbone),
+                PreparedPrompt(prompt.learned(backbone), filled),
+                [record],
+                max_tokens=4,
                 settings=GenerationSettings(num_beams=3),
                 top_k=3,
-                pad_side="right",
             )[0]
             assert [one.text for one in answers] == [one.text for one in alone]
 
@@ -412,13 +415,13 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatc
     def beams() -> list[list[GeneratedText]]:
         assert prompt.slot_vectors is not None
         filled = bound(backbone, TEMPLATE)
-        return generate_answers(
+        return generate(
             backbone,
-            [GenerationInput(filled, row, 6) for row in RECORDS],
-            prompt.learned(backbone),
+            PreparedPrompt(prompt.learned(backbone), filled),
+            RECORDS,
+            max_tokens=6,
             settings=GenerationSettings(num_beams=3),
             top_k=3,
-            pad_side="right",
         )
 
     kept = beams()

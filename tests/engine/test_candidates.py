@@ -9,9 +9,11 @@ import torch
 
 import ptuning.engine.batch
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine import candidates as module
-from ptuning.engine.candidates import candidate_log_probs, plain_rows, tree_batch, tree_rows
+from ptuning.engine.candidates import tree_batch, tree_rows
 from ptuning.engine.forward import target_logits
+from ptuning.engine.objective import candidate_request
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import Runner, Scoring
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
 from tests.conftest import RECORDS, bound, learned
@@ -24,6 +26,15 @@ NAMES = ["yes", "no", "Nairobi", "São Tomé", "São", "a good film and a bad on
 def examples_of(backbone: Backbone, template: str, *, with_stop: bool = False) -> list[list[Example]]:
     fill = bound(backbone, template)
     return [fill.examples([record] * len(NAMES), targets=NAMES, with_stop=with_stop) for record in RECORDS]
+
+
+def candidate_log_probs(
+    backbone: Backbone, examples: Sequence[Sequence[Example]], brought: PromptBatch
+) -> list[list[float]]:
+    prompt = PreparedPrompt(brought)
+    works = [Scoring.of(candidate_request(own), prompt, NAMES, own) for own in examples]
+    Runner(backbone).complete(works)
+    return [work.log_probs for work in works]
 
 
 @torch.no_grad()
@@ -52,7 +63,7 @@ def test_trees_of_candidates_equal_one_pass_each(
     for positions in (256, 12, 1):
         monkeypatch.setattr(ptuning.engine.batch, "MAX_BATCH_POSITIONS", positions)
         with torch.no_grad():
-            found = candidate_log_probs(backbone, examples, brought, pad_side="right")
+            found = candidate_log_probs(backbone, examples, brought)
         for own, other in zip(found, expected, strict=True):
             assert own == pytest.approx(other, abs=1e-4), positions
     assert backbone.branches == (backbone.kind == "causal")
@@ -71,7 +82,7 @@ def test_what_candidates_share_is_read_once(causal: Backbone) -> None:
     assert len(row.parents) == len(beginnings) > 3
     assert len(row.example.token_ids) == context + len(beginnings)
     assert len(row.example.logit_positions) == len({*beginnings, ()})
-    assert sorted(one.place for one in row.candidates) == list(range(len(NAMES)))
+    assert sorted(place for place, _, _ in row.candidates) == list(range(len(NAMES)))
 
 
 def test_a_token_reads_its_context_and_what_leads_to_it(causal: Backbone) -> None:
@@ -100,18 +111,11 @@ def test_the_context_of_a_record_that_fills_several_passes_runs_once(
         lambda _module, _inputs, named: read.append(named["inputs_embeds"].shape[1]), with_kwargs=True
     )
     with torch.no_grad():
-        candidate_log_probs(causal, examples, brought, pad_side="right")
+        candidate_log_probs(causal, examples, brought)
     contexts = [min(example.logit_positions[0] for example in own) for own in examples]
     assert [length for length in read if length in contexts] == contexts
     assert len(read) >= 6
     assert max(set(read) - set(contexts)) <= 10  # the last token of the context, and tokens with asked logits
-
-
-def test_plain_rows_hold_the_candidates_that_differ_in_their_last_token(masked: Backbone) -> None:
-    examples = examples_of(masked, TEMPLATE)[0]
-    rows = plain_rows(examples)
-    assert len(rows) == len({len(example.target_ids) for example in examples}) < len(examples)
-    assert not any(row.parents for row in rows)
 
 
 def test_candidates_that_cannot_branch_run_in_rows_of_their_own(
@@ -120,9 +124,8 @@ def test_candidates_that_cannot_branch_run_in_rows_of_their_own(
     """The same scores, for a model that cannot hold several continuations in a row."""
     examples, brought = examples_of(causal, TEMPLATE), learned(causal, TEMPLATE).learned(causal)
     with torch.no_grad():
-        found = candidate_log_probs(causal, examples, brought, pad_side="right")
+        found = candidate_log_probs(causal, examples, brought)
         monkeypatch.setattr(causal, "branches", False)
-        monkeypatch.setattr(module, "tree_batch", None)
-        plain = candidate_log_probs(causal, examples, brought, pad_side="left")
+        plain = candidate_log_probs(causal, examples, brought)
     for own, other in zip(found, plain, strict=True):
         assert own == pytest.approx(other, abs=1e-4)

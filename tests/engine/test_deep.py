@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
-from ptuning.engine.decoding.decoder import DecodingState
+from ptuning.engine.decoding import DecodingState
 from ptuning.engine.forward import forward, forward_batch, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.soft_prompt import DeepParams, PromptBatch, initial_deep_params, layer_input_rms, prefix_of_tokens
@@ -165,7 +165,8 @@ def test_written_on_from_the_cache_as_from_whole_rows(name: str) -> None:
     together = PromptBatch.join([own for _, own in made], rows=range(len(made)))
     if not backbone.pads_left:
         made, together = made[:1], made[0][1]
-    rows = DecodingState(backbone, [example for example, _ in made], together)
+    examples = [example for example, _ in made]
+    rows = DecodingState(backbone, examples, forward(backbone, examples, together, pad_side="left", keep=True))
     tokens = torch.tensor([7, 8, 9][: len(made)])
     rows.read(tokens)
     for place, ((example, own), token) in enumerate(zip(made, tokens.tolist(), strict=True)):

@@ -149,8 +149,9 @@ def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) ->
     prompt = learned(backbone, "[P*2] [X] [P:is] [Y]")
     alone = [PromptModel(backbone).target_logits([record], prompt)[0] for record in RECORDS]
     order = random.Random(1).sample(range(len(RECORDS)), len(RECORDS))
-    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
-    found = model.target_logits([RECORDS[index] for index in order], prompt)
+    examples = prompt.bind(backbone).examples([RECORDS[index] for index in order])
+    logits = target_logits(backbone, examples, prompt.learned(backbone), pad_side=side)  # type: ignore[arg-type]
+    found = logits.detach().split([len(example.logit_positions) for example in examples])
     for index, logits in zip(order, found, strict=True):
         torch.testing.assert_close(logits, alone[index], atol=1e-5, rtol=0)
 
@@ -167,7 +168,8 @@ def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyP
     assert backbone.shares_prefix == (backbone.kind == "causal")
     run = backbone.run
     monkeypatch.setattr(backbone, "run", spy)
-    PromptModel(backbone, pad_side="left").target_logits(RECORDS, learned(backbone, "[P*2] [X] [P:is] [Y]"))
+    prompt = learned(backbone, "[P*2] [X] [P:is] [Y]")
+    target_logits(backbone, prompt.bind(backbone).examples(RECORDS), prompt.learned(backbone), pad_side="left")
     assert len(seen) == 1
     assert seen[0].shape[0] == len(RECORDS)
     assert (seen[0].diff(dim=1) >= 0).all()  # zeros, then ones
@@ -369,15 +371,10 @@ def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch:
     assert_same(run_both_ways(backbone, examples[:1] * 2, two, monkeypatch))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_examples_in_front_of_every_question(backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manual prompt with examples scores as before where they run once (docs/decisions.md, decision 16).
-
-    On either side of the padding.
-    """
+def test_examples_in_front_of_every_question(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manual prompt with examples scores as before where they run once (docs/decisions.md, decision 16)."""
     prompt = Prompt.manual("Kenya: Nairobi. Peru: Lima. France: Paris. [X]: [Y]")
-    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
-    found = []
+    model, found = PromptModel(backbone), []
     for least in (1, NEVER):
         monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
         ranked = model.rank(RECORDS, prompt, ["Nairobi", "Lima", "a good film"])
@@ -436,11 +433,8 @@ def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:
             assert len(found) < len(list(batches([[example] for example in long])))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_what_is_not_shared_does_not_widen_batches(
-    backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A masked model, pads in front and mixed prompts run whole rows, so whole rows are what their batches count."""
+def test_what_is_not_shared_does_not_widen_batches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked model and mixed prompts run whole rows, so whole rows are what their batches count."""
     monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 100)
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
     sizes: list[int] = []
@@ -452,8 +446,7 @@ def test_what_is_not_shared_does_not_widen_batches(
 
     monkeypatch.setattr(backbone, "run", spy)
     a, b = (learned(backbone, "[P*8] [X] [Y]", seed=seed) for seed in (1, 2))
-    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
-    rows = RECORDS * 4
+    model, rows = PromptModel(backbone), RECORDS * 4
     for prompts in (a, [a, b] * (len(rows) // 2)):
         model.target_logits(rows, prompts)
         model.rank(rows, prompts, ["yes", "no", "a good film"])

@@ -23,7 +23,7 @@ from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import TrainBackbone
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
-from ptuning.engine.decoding.decoder import DecodingState
+from ptuning.engine.decoding import DecodingState
 from ptuning.engine.forward import target_logits
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import PromptModel
@@ -396,10 +396,10 @@ def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
 def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tie rule of ``rank``."""
 
-    def level(_backbone: object, examples: list[list[Example]], *_: object, **__: object) -> list[list[float]]:
+    def level(_backbone: object, examples: list[list[Example]], _: object) -> list[list[float]]:
         return [[-1.0 * len(example.target_ids) for example in own] for own in examples]
 
-    monkeypatch.setattr("ptuning.prompt.predict.candidate_log_probs", level)
+    monkeypatch.setattr("ptuning.engine.runner.tree_log_probs", level)
     for order in itertools.permutations(["yes", "no", "25"]):
         mean = PromptModel(causal).rank(RECORDS, learned(causal, TEMPLATE), order, normalise="mean")
         assert [c.text for c in mean[0]] == list(order)
@@ -457,15 +457,14 @@ def test_predict_chooses_a_label(backbone: Backbone) -> None:
     assert {answer.text for answer in model.predict(RECORDS, prompt, ["yes", "no"])} <= {"yes", "no"}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_mixed_prompts_equal_single_ones(backbone: Backbone, side: str) -> None:
+def test_mixed_prompts_equal_single_ones(backbone: Backbone) -> None:
     """Invariants *Alone or in company* and *Fast = slow*: each row is answered with its own prompt, or with none.
 
     Rows [A, B, none, A, labels] in one call, by every way of using them.
     """
     a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
     prompts = [a, b, Prompt.manual("The capital of [X] is [Y]"), a, with_labels(b)]
-    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
+    model = PromptModel(backbone)
     for candidates, top_k in ((None, 1), (CANDIDATES, 3)):
         together = model.predict(RECORDS, prompts, candidates, top_k=top_k)
         alone = [
@@ -834,9 +833,9 @@ def test_a_model_in_training_mode_is_refused(causal: Backbone) -> None:
 def test_a_model_in_use_can_be_pickled(causal: Backbone) -> None:
     """For pools of processes: it answers as before, and makes the models of trained prompts again."""
     trained = with_weights(causal, learned(causal, TEMPLATE))
-    model = PromptModel(causal, pad_side="left")
+    model = PromptModel(causal, force=True)
     before = model.target_logits(RECORDS, trained)
     again = pickle.loads(pickle.dumps(model))
-    assert (again.pad_side, again.force) == ("left", False)
+    assert again.force
     for one, other in zip(again.target_logits(RECORDS, trained), before, strict=True):
         assert torch.equal(one, other)

@@ -15,8 +15,8 @@ import pytest
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Question
 from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.rows import PromptRow
 from ptuning.serve.engine.engine import Engine
-from ptuning.serve.engine.job import PromptRow
 from ptuning.serve.registry import ConflictError, Registry, Served, UnknownPromptError
 from ptuning.template.labels import LabelWords
 from tests.conftest import learned

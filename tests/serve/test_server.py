@@ -20,10 +20,11 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
+from ptuning.engine.decoding import Token
 from ptuning.errors import ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.serve.engine.job import Job, Outcome, StoppedError, Token
+from ptuning.serve.engine.job import Job, Outcome, StoppedError
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.service import Settings
 from ptuning.serve.server import address_of, is_local, listen, run
@@ -60,7 +61,7 @@ class Held:
 
     def answer(self, job: Job) -> None:
         for at in range(len(job.rows)):
-            job.listener.answered(at, ANSWER)
+            job.listener.ended(at, ANSWER)
         self._left.set()
 
     def drain(self, seconds: float) -> bool:
@@ -70,7 +71,7 @@ class Held:
     def stop(self) -> None:
         for job in [] if self._left.is_set() else self.jobs:
             for at in range(len(job.rows)):
-                job.listener.failed(at, StoppedError("the engine was stopped"))
+                job.listener.ended(at, StoppedError("the engine was stopped"))
         self._left.set()
 
 
@@ -213,7 +214,7 @@ def test_a_client_that_does_not_read_has_its_job_cancelled_and_others_are_unhurt
         sent += 1
         time.sleep(0.01)
         assert time.monotonic() < end
-    job.listener.failed(0, StoppedError("cancelled"))
+    job.listener.ended(0, StoppedError("cancelled"))
     assert server.is_well()
     made.close()
 

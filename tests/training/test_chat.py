@@ -11,7 +11,7 @@ from ptuning.config import TrainConfig
 from ptuning.data.conversations import read_conversations
 from ptuning.data.questions import Questions
 from ptuning.data.reading import raw_rows
-from ptuning.engine.decoding.decoder import GenerationInput, StopCriteria
+from ptuning.engine.decoding import StopCriteria
 from ptuning.prompt.predict import PromptModel
 from ptuning.template.chat import chat_template
 from ptuning.training.run import train
@@ -53,8 +53,8 @@ def test_glm_4_learns_and_answers_with_its_chat_template(glm: Backbone) -> None:
     (example,) = bound.examples([talks()[0].record], with_stop=True)
     user = glm.tokenizer.special_ids["<|user|>"]
     assert example.target_ids[-1] == user
-    ending = StopCriteria.of(glm, GenerationInput(bound, {"messages": "a"}, 9))
-    assert ending.is_own([5, user])
+    ending = StopCriteria.of(glm, bound, 9)
+    assert ending.stopped([5, user]) == "end"
     (answer,) = PromptModel(glm).predict([{"messages": "the movie 3?"}], result.prompt)
     assert answer.text is not None
 

@@ -123,7 +123,7 @@ def shared_tokens(examples: Sequence[Example], learned: PromptBatch | None = Non
 
     Example:
         >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
-        >>> two_prompts = Learned(torch.zeros(2, 4), slots=(1, 1), rows=(0, 1))
+        >>> two_prompts = PromptBatch(torch.zeros(2, 4), slots=(1, 1), rows=(0, 1))
         >>> shared_tokens(rows), shared_tokens(rows, two_prompts)
         (2, 1)
     """

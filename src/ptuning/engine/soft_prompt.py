@@ -95,8 +95,8 @@ class PromptBatch:
         deep: What each prompt's deep slots bring, None without any; empty if no prompt has any.
 
     Example:
-        >>> one, two = Learned(torch.zeros(2, 8)), Learned(torch.ones(3, 8))
-        >>> both = Learned.join([one, two], rows=[1, 0, 1])
+        >>> one, two = PromptBatch(torch.zeros(2, 8)), PromptBatch(torch.ones(3, 8))
+        >>> both = PromptBatch.join([one, two], rows=[1, 0, 1])
         >>> both.layout(3), both.take([0, 2]).rows
         (([3, 2, 3], [2, 0, 2]), (1, 1))
     """

@@ -12,13 +12,14 @@ from ptuning.backbone.trained_weights import with_head
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
-from ptuning.engine.forward import target_logits
-from ptuning.engine.objective import Continuation, ScoringRequest, inputs_of
+from ptuning.engine.objective import Continuation, ScoringRequest
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import Runner, Scoring
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
-from ptuning.prompt.predict import rank_classes
+from ptuning.prompt.rows import candidates_of
 from ptuning.prompt.score import among_candidates
 from ptuning.records import Record
 from ptuning.template.ambiguity import is_known
@@ -114,11 +115,10 @@ class HeadModel:
 
     def answer(self, questions: Questions) -> list[Answer]:
         """Return the most probable label or choice for each question."""
-        items = head_items(self.bound, questions, self.answer_space)
-        names, nothing = list(map(self.answer_space.names, questions)), PromptBatch.none(self.backbone.width)
-        ranked = rank_classes(
-            items,
-            names,
-            lambda at: target_logits(self.backbone, inputs_of(items[index] for index in at), nothing),
-        )
-        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+        prompt = PreparedPrompt(PromptBatch.none(self.backbone.width), self.bound)
+        works = [
+            Scoring.of(item, prompt, self.answer_space.names(question))
+            for item, question in zip(head_items(self.bound, questions, self.answer_space), questions, strict=True)
+        ]
+        Runner(self.backbone).complete(works)
+        return [among_candidates(row.right, candidates_of(work)) for row, work in zip(questions, works, strict=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ptuning.files import Json
 
 if TYPE_CHECKING:
-    from ptuning.engine.decoding.decoder import StopReason
+    from ptuning.engine.decoding import StopReason
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Prediction:
     """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``, and
-    ``stopped`` says why they ended (:data:`~ptuning.engine.decoding.decoder.StopReason`); labels and choices have the
+    ``stopped`` says why they ended (:data:`~ptuning.engine.decoding.StopReason`); labels and choices have the
     ``probabilities`` of all of them. If the likeliest is not likely enough to be given as the answer (``abstained``),
     ``text`` is empty.
     """

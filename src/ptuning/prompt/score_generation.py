@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
-from ptuning.engine.decoding.decoder import GenerationInput
-from ptuning.engine.decoding.generate import generate_answers
 from ptuning.engine.evaluate import evaluate_parts
 from ptuning.engine.objective import request_parts, warn_truncated_parts
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import generate
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import RecordError
 from ptuning.files import Json, sha256
@@ -107,11 +105,9 @@ def epoch_metric(
     bound: TokenizedTemplate, records: Records, metric: str, *, max_tokens: int
 ) -> Callable[[Backbone, PromptBatch], float]:
     """Return what scores a metric of the texts that are written, greedily, for a few records with what was learned."""
-    rows, greedy = [GenerationInput(bound, record, max_tokens) for record in records], GenerationSettings()
 
-    @torch.no_grad()
     def judge(backbone: Backbone, learned: PromptBatch) -> float:
-        found = generate_answers(backbone, rows, learned, settings=greedy, top_k=1, pad_side="right")
-        return value_of_texts([row[0].text for row in found], records, metric)
+        answers = generate(backbone, PreparedPrompt(learned, bound), records, max_tokens=max_tokens)
+        return value_of_texts([row[0].text for row in answers], records, metric)
 
     return judge

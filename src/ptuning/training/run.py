@@ -33,8 +33,9 @@ from ptuning.names import (
     remove,
 )
 from ptuning.progress import OnProgress, named
-from ptuning.prompt.predict import MORE_TOKENS, PromptModel
+from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import MORE_TOKENS
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.prompt.score_generation import epoch_metric
 from ptuning.prompt.storage import BackboneId

@@ -16,28 +16,18 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question, Questions
+from ptuning.engine import prefix_store as beginnings
+from ptuning.engine.decoding import Token
 from ptuning.engine.objective import build_requests, candidate_request
 from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import Answering, EchoRow, PromptRow, TextRow
 from ptuning.serve.engine import engine as engine_module
-from ptuning.serve.engine import prefix_cache as beginnings
-from ptuning.serve.engine import scheduler
 from ptuning.serve.engine.engine import Engine
-from ptuning.serve.engine.job import (
-    Answering,
-    CancelledError,
-    EchoRow,
-    Job,
-    Outcome,
-    PromptRow,
-    QueueFullError,
-    Row,
-    StoppedError,
-    TextRow,
-    Token,
-)
+from ptuning.serve.engine.job import CancelledError, Job, Listener, Outcome, QueueFullError, Row, StoppedError
+from ptuning.serve.engine.scheduler import Scheduler
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import FILLS_MASKS
 from tests.backbone.test_turn import longrope
@@ -48,29 +38,21 @@ LABELS = {"positive": ["great", "good"], "negative": ["terrible"]}
 CANDIDATES = ("yes", "no", "Nairobi", "São Tomé")
 
 
-class Heard:
+class Heard(Listener):
     """A listener that notes what it hears."""
 
     def __init__(self, rows: int) -> None:
-        self.found: list[Outcome | Exception | None] = [None] * rows
+        super().__init__(rows)
         self.pieces: list[list[str]] = [[] for _ in range(rows)]
-        self.first, self.ready = threading.Event(), threading.Event()
+        self.first = threading.Event()
 
     def piece(self, row: int, text: str, tokens: Sequence[Token]) -> None:
         self.pieces[row].append(text)
         self.first.set()
 
-    def answered(self, row: int, outcome: Outcome) -> None:
-        self._take(row, outcome)
-
-    def failed(self, row: int, error: Exception) -> None:
-        self._take(row, error)
-
-    def _take(self, row: int, found: Outcome | Exception) -> None:
-        assert self.found[row] is None, "a row is told once"
-        self.found[row] = found
-        if all(one is not None for one in self.found):
-            self.ready.set()
+    def ended(self, row: int, outcome: Outcome | Exception) -> None:
+        assert self.outcomes[row] is None, "a row is reported once"
+        super().ended(row, outcome)
 
 
 @pytest.fixture
@@ -197,7 +179,7 @@ def test_sampling_and_stops_stay_with_their_rows(causal: Backbone, serve: Callab
     heard = Heard(len(rows))
     engine.submit(Job(rows, heard))
     assert heard.ready.wait(60)
-    for way, record, outcome, pieces in zip(ways, RECORDS, heard.found, heard.pieces, strict=True):
+    for way, record, outcome, pieces in zip(ways, RECORDS, heard.outcomes, heard.pieces, strict=True):
         assert isinstance(outcome, Outcome)
         assert outcome.prediction is not None
         alike(outcome.prediction, model.predict([record], prompt, generation=way)[0])
@@ -271,14 +253,14 @@ def test_a_failed_row_fails_alone(backbone: Backbone, serve: Callable[..., Engin
     heard, engine = Heard(len(rows)), serve(backbone)
     engine.submit(Job(rows, heard))
     assert heard.ready.wait(60)
-    failed = [type(one) for one in heard.found if isinstance(one, Exception)]
+    failed = [type(one) for one in heard.outcomes if isinstance(one, Exception)]
     assert len(failed) == 4
     assert all(issubclass(one, PTuningError) for one in failed)
     assert [failed[2], failed[3]] == [PromptError, ConfigError]
     assert engine.status.rows_failed == 4
     model = PromptModel(backbone)
     for at in (0, 5):
-        found = heard.found[at]
+        found = heard.outcomes[at]
         assert isinstance(found, Outcome)
         assert found.prediction is not None
         alike(found.prediction, model.predict([RECORDS[at % 4]], closed)[0])
@@ -300,9 +282,9 @@ def test_no_numbers_are_a_fault_of_the_row(causal: Backbone, serve: Callable[...
     heard = Heard(len(rows))
     engine.submit(Job(rows, heard))
     assert heard.ready.wait(60)
-    assert [isinstance(one, Exception) for one in heard.found] == [True, False, False, True]
+    assert [isinstance(one, Exception) for one in heard.outcomes] == [True, False, False, True]
     assert engine.is_alive
-    found = heard.found[1]
+    found = heard.outcomes[1]
     assert isinstance(found, Outcome)
     assert found.prediction is not None
     alike(found.prediction, model.predict([RECORDS[0]], good)[0])
@@ -367,7 +349,7 @@ def test_cancelled_rows_leave(causal: Backbone, serve: Callable[..., Engine]) ->
     job.cancel()
     assert gone.ready.wait(60)
     assert stays.ready.wait(60)
-    found = stays.found[0]
+    found = stays.outcomes[0]
     assert isinstance(found, Outcome)
     assert found.prediction is not None
     alike(found.prediction, model.predict([RECORDS[2]], prompt, generation=most.generation)[0])
@@ -375,7 +357,7 @@ def test_cancelled_rows_leave(causal: Backbone, serve: Callable[..., Engine]) ->
     late.cancel()
     engine.submit(late)
     assert heard.ready.wait(60)
-    assert isinstance(heard.found[0], CancelledError)
+    assert isinstance(heard.outcomes[0], CancelledError)
     assert engine.status.rows_cancelled >= 1
 
 
@@ -385,7 +367,7 @@ def test_drain_and_stop(causal: Backbone, serve: Callable[..., Engine]) -> None:
     heard = Heard(5)
     engine.submit(Job([PromptRow(prompt, Question(record)) for record in RECORDS], heard))
     assert engine.drain(60)
-    assert all(isinstance(one, Outcome) for one in heard.found)
+    assert all(isinstance(one, Outcome) for one in heard.outcomes)
     with pytest.raises(StoppedError):
         engine.ask([PromptRow(prompt, Question(RECORDS[0]))])
     engine.stop()
@@ -405,7 +387,7 @@ def test_drain_and_stop(causal: Backbone, serve: Callable[..., Engine]) -> None:
     let_go.set()
     stopping.join(60)
     assert left.ready.wait(60)
-    assert all(isinstance(one, Outcome | StoppedError) for one in left.found)
+    assert all(isinstance(one, Outcome | StoppedError) for one in left.outcomes)
 
 
 def test_a_fault_of_the_engine_ends_it_and_fails_what_waits(
@@ -416,11 +398,11 @@ def test_a_fault_of_the_engine_ends_it_and_fails_what_waits(
     def broken(*_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(scheduler.Scheduler, "_classify", broken)
+    monkeypatch.setattr(Scheduler, "_take", broken)
     engine, heard = serve(causal), Heard(1)
     engine.submit(Job([PromptRow(prompts_of(causal)[1], Question(RECORDS[0]))], heard))
     assert heard.ready.wait(60)
-    assert isinstance(heard.found[0], StoppedError)
+    assert isinstance(heard.outcomes[0], StoppedError)
     engine._thread.join(60)
     assert not engine.is_alive
     assert engine.has_failed
@@ -507,7 +489,7 @@ def test_kept_beginnings_have_a_bound(
     """The least used go first, and what is larger than all room is not kept; answers stay the same."""
     monkeypatch.setattr(beginnings, "MIN_TOKENS", 2)
     engine, model, prompt = serve(causal), PromptModel(causal), prompts_of(causal)[2]
-    kept = engine._kept
+    kept = engine._runner.store
     records = [{"x": f"the movie {number} was great"} for number in range(6)]
     kept.limit = 0
     for record in records[:1] * 3:
@@ -644,7 +626,7 @@ class Traffic(RuleBasedStateMachine):
         assert self.engine.drain(60)
         self.engine.stop()
         for job, heard, wanted in self.asked:
-            for key, found in zip(wanted, heard.found, strict=True):
+            for key, found in zip(wanted, heard.outcomes, strict=True):
                 if isinstance(found, Outcome):
                     assert key is not None
                     assert found.prediction is not None

@@ -12,12 +12,14 @@ import pytest
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question
+from ptuning.engine.decoding import Token
+from ptuning.engine.runner import Generation, Runner
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import Answering, PromptRow
 from ptuning.serve.engine import scheduler
-from ptuning.serve.engine.engine import Collected, Engine
-from ptuning.serve.engine.job import Answering, CancelledError, Job, Outcome, PromptRow, Token
-from ptuning.serve.engine.scheduler import RunningBatch
+from ptuning.serve.engine.engine import Engine
+from ptuning.serve.engine.job import CancelledError, Job, Listener, Outcome
 from tests.conftest import learned
 from tests.serve.engine.test_engine import LABELS
 
@@ -59,7 +61,7 @@ def choosing(backbone: Backbone) -> PromptRow:
     return PromptRow(replace(learned(backbone, "about {x} [P*2] so [Y]"), label_words=words), Question({"x": "Kenya"}))
 
 
-class Steps(Collected):
+class Steps(Listener):
     """Counts the steps of its rows, which end after the third if it ``cancels``."""
 
     job: Job
@@ -90,7 +92,7 @@ def test_while_answers_are_written_little_is_read_between_two_steps(
     take = scheduler.Scheduler._take
 
     def noted(self: scheduler.Scheduler, *given: object) -> object:
-        lines, found = len(self._writing), take(self, *given)  # type: ignore[arg-type]
+        lines, found = self.running, take(self, *given)  # type: ignore[arg-type]
         if found:
             turns.append((lines, len(found)))
         return found
@@ -120,15 +122,15 @@ def test_while_answers_are_written_little_is_read_between_two_steps(
 
 def test_answers_that_find_no_line_wait_and_others_go_first(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more lines than fit into memory; what waits for a line counts as waiting, and loses its place to none."""
-    monkeypatch.setattr(scheduler, "MAX_LINES", 2)
+    monkeypatch.setattr(scheduler, "MAX_SEQUENCES", 2)
     lines: list[int] = []
-    step = RunningBatch.step
+    step = Runner.step
 
-    def noted(self: RunningBatch) -> None:
-        lines.append(len(self))
-        step(self)
+    def noted(self: Runner, **named: bool) -> list[Generation]:
+        lines.append(len(self.running))
+        return step(self, **named)
 
-    monkeypatch.setattr(RunningBatch, "step", noted)
+    monkeypatch.setattr(Runner, "step", noted)
     with started(causal) as engine:
         with held(engine):
             written = [submit(engine, [writing(causal)], Steps(1)) for _ in range(5)]
@@ -137,7 +139,7 @@ def test_answers_that_find_no_line_wait_and_others_go_first(causal: Backbone, mo
         assert not written[2].ready.is_set()
         for one in written:
             assert one.ready.wait(60)
-            assert isinstance(one.found[0], Outcome)
+            assert isinstance(one.outcomes[0], Outcome)
     assert max(lines) == 2
 
 
@@ -149,8 +151,8 @@ def test_a_cancelled_answer_leaves_within_two_steps(causal: Backbone) -> None:
             stays = submit(engine, [writing(causal)], Steps(1))
         for one in (gone, stays):
             assert one.ready.wait(60)
-        assert isinstance(gone.found[0], CancelledError)
+        assert isinstance(gone.outcomes[0], CancelledError)
         assert gone.steps <= 3 + 2
-        assert isinstance(stays.found[0], Outcome)
+        assert isinstance(stays.outcomes[0], Outcome)
         assert stays.steps == 30
         assert (engine.status.rows_cancelled, engine.status.rows_writing) == (1, 0)

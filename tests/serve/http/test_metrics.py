@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from ptuning.errors import FileError
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.engine import EngineStatus
-from ptuning.serve.engine.job import Job, Outcome, QueueFullError, Usage
+from ptuning.serve.engine.job import Job, Listener, Outcome, QueueFullError, Usage
 from ptuning.serve.http import metrics as metrics_module
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.metrics import OTHER, UNKNOWN, Metrics, RequestStats, access_log
@@ -59,7 +59,7 @@ def answers(job: Job) -> None:
     """An engine that answers at once, half a second late."""
     job.is_begun = True
     for number in range(len(job.rows)):
-        job.listener.answered(number, Outcome(Prediction("x", (Candidate("x", -1.0),)), USAGE, waited=0.5))
+        job.listener.ended(number, Outcome(Prediction("x", (Candidate("x", -1.0),)), USAGE, waited=0.5))
 
 
 def is_full(job: Job) -> None:
@@ -160,7 +160,7 @@ def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Metrics, regis
 
 def test_requests_that_wait_and_run_are_told_apart(watch: Metrics) -> None:
     first, second, third = (watch.begin("", "POST") for _ in range(3))
-    jobs = [Job([SimpleNamespace()], SimpleNamespace()) for _ in range(2)]  # type: ignore[list-item]
+    jobs = [Job([SimpleNamespace()], Listener(1)) for _ in range(2)]  # type: ignore[list-item]
     first.add_job(jobs[0])
     second.add_job(jobs[1])
     jobs[0].is_begun = True
@@ -298,7 +298,7 @@ def test_without_a_file_lines_go_to_the_error_stream(registry: Registry, capsys:
 def test_a_client_that_goes_is_seen(watch: Metrics, log_file: Path) -> None:
     """The request ends without an answer, and is no longer counted as waiting."""
     seen = watch.begin("", "POST")
-    seen.add_job(Job([SimpleNamespace()], SimpleNamespace()))  # type: ignore[list-item]
+    seen.add_job(Job([SimpleNamespace()], Listener(1)))  # type: ignore[list-item]
     watch.end(seen, route="/v1/predict")
     assert lines(log_file)[0]["status"] == 499
     assert numbers(watch)["ptuning_num_requests_waiting"] == 0

@@ -33,7 +33,7 @@ def failing(error: Exception) -> Callable[[Job], None]:
 
     def take(job: Job) -> None:
         for at in range(len(job.rows)):
-            job.listener.failed(at, error)
+            job.listener.ended(at, error)
 
     return take
 

@@ -18,7 +18,7 @@ def test_pieces_that_nobody_takes_are_bounded_and_end_the_job() -> None:
         replies = ReplyQueue([ROW], RequestStats("id", "POST"), max_pending=3)
         for at in range(10):
             replies.piece(0, str(at), [])
-        replies.failed(0, StoppedError("cancelled"))
+        replies.ended(0, StoppedError("cancelled"))
         return replies, [event async for event in replies]
 
     replies, events = asyncio.run(work())
@@ -35,7 +35,7 @@ def test_events_of_another_thread_arrive_in_order_and_none_is_lost() -> None:
             for row in range(50):
                 for at in range(20):
                     replies.piece(row, str(at), [])
-                replies.answered(row, Outcome(value=row))
+                replies.ended(row, Outcome(value=row))
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -54,4 +54,4 @@ def test_a_loop_that_has_ended_hurts_no_engine() -> None:
 
     replies = asyncio.run(work())
     replies.piece(0, "a", [])
-    replies.failed(0, StoppedError("late"))
+    replies.ended(0, StoppedError("late"))

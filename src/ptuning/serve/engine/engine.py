@@ -11,26 +11,33 @@ from typing import TypeVar, cast
 
 import torch
 
+from ptuning.engine.prefix_store import PrefixStore
+from ptuning.engine.runner import Runner
 from ptuning.errors import RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.serve import CACHE_MEMORY, QUEUE_ROWS
-from ptuning.serve.engine.batching import BatchRunner
-from ptuning.serve.engine.job import CallRow, Job, Outcome, QueueFullError, Row, StoppedError, Token
-from ptuning.serve.engine.prefix_cache import PrefixCache
-from ptuning.serve.engine.preprocess import Preprocessor
-from ptuning.serve.engine.queue import QueuedRow, RowCounts, RowQueue
-from ptuning.serve.engine.scheduler import RunningBatch, Scheduler
+from ptuning.serve.engine.job import (
+    CallRow,
+    CancelledError,
+    Job,
+    Listener,
+    Outcome,
+    QueueFullError,
+    Row,
+    StoppedError,
+)
+from ptuning.serve.engine.scheduler import QueuedRow, RowCounts, RowQueue, Scheduler
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The thread counts as hung if it has not come round for so long while rows wait.
+# The thread counts as hung after this many seconds without a turn while rows wait.
 HUNG_SECONDS = 120.0
-# Bounds of what a full queue says about the time until it has room.
+# Bounds of the seconds after which a client of a full queue is told to try again.
 RETRY_SECONDS = (1.0, 60.0)
-# What a row is thought to take at first, in seconds, and how fast the measured time of a row follows the last turns.
-FIRST_ROW_SECONDS, FOLLOWS = 0.05, 0.2
+# Initial estimate of the seconds per row, and the smoothing factor of its moving average.
+FIRST_ROW_SECONDS, SMOOTHING = 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,8 @@ class Engine:
     def __init__(self, model: PromptModel, *, queue_rows: int = QUEUE_ROWS, cache_memory: float = CACHE_MEMORY) -> None:
         self.model = model
         self.queue_rows = queue_rows
-        self._tally = RowCounts()
-        self._queue = RowQueue(self._tally)
+        self._counts = RowCounts()
+        self._queue = RowQueue(self._counts)
         self._changed = threading.Condition()  # guards what follows, and the queue
         self._closed = self._stopped = False
         self.has_failed = False
@@ -80,26 +87,25 @@ class Engine:
         self._row_seconds = FIRST_ROW_SECONDS
         self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ptuning-engine", daemon=True)
-        self._kept = PrefixCache(model.backbone, memory_share=cache_memory)
-        self._passes = BatchRunner(model.backbone, self._kept)
-        self._writing = RunningBatch(self._passes)
-        self._scheduler = Scheduler(model, Preprocessor(model), self._passes, self._writing)
+        self._runner = Runner(model.backbone, PrefixStore(model.backbone, memory_share=cache_memory))
+        self._scheduler = Scheduler(model.preprocessor, self._runner)
 
     @property
     def status(self) -> EngineStatus:
         """What it is doing, and has done."""
+        runner = self._runner
         return EngineStatus(
-            rows_waiting=len(self._queue) + len(self._scheduler),
-            rows_writing=len(self._writing),
-            rows_done=self._tally.done,
-            rows_failed=self._tally.failed,
-            rows_cancelled=self._tally.cancelled,
-            passes=self._passes.passes,
-            tokens_read=self._passes.tokens_read,
-            tokens_written=self._writing.tokens_written,
-            cached_tokens=self._passes.cached_tokens,
-            kept_texts=len(self._kept),
-            kept_bytes=self._kept.bytes,
+            rows_waiting=len(self._queue) + self._scheduler.held,
+            rows_writing=self._scheduler.running,
+            rows_done=self._counts.done,
+            rows_failed=self._counts.failed,
+            rows_cancelled=self._counts.cancelled,
+            passes=runner.passes,
+            tokens_read=runner.tokens_read,
+            tokens_written=runner.tokens_written,
+            cached_tokens=runner.cached_tokens,
+            kept_texts=len(runner.store),
+            kept_bytes=runner.store.bytes,
         )
 
     def start(self) -> None:
@@ -131,7 +137,7 @@ class Engine:
             self._check_room(1)
 
     def _check_room(self, rows: int) -> None:
-        waiting = len(self._queue) + len(self._scheduler)
+        waiting = len(self._queue) + self._scheduler.held
         if rows and waiting + rows > self.queue_rows:
             least, most = RETRY_SECONDS
             raise QueueFullError(
@@ -143,16 +149,15 @@ class Engine:
         """Answer rows, and wait for that; raises the error of the first row that has failed. A job that is not
         answered within ``timeout`` seconds is cancelled, and a TimeoutError raised.
         """
-        answers = Collected(len(rows))
-        job = Job(rows, answers)
+        job = Job(rows, Listener(len(rows)))
         self.submit(job)
-        if not answers.ready.wait(timeout):
+        if not job.listener.ready.wait(timeout):
             job.cancel()
             raise TimeoutError(f"no answer within {timeout} seconds")
-        for found in answers.found:
-            if isinstance(found, Exception):
-                raise found
-        return cast("list[Outcome]", answers.found)
+        for outcome in job.listener.outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return cast("list[Outcome]", job.listener.outcomes)
 
     def call(self, work: Callable[[], T], *, timeout: float | None = None) -> T:
         """Do something short in the engine's thread, before the rows that wait, and return its result."""
@@ -182,24 +187,16 @@ class Engine:
         with self._changed:
             return self._queue.take()
 
-    def _tick(self) -> None:
-        """Note that the thread comes round."""
-        self._ticked = time.monotonic()
-
-    def _note(self, seconds: float, done: int) -> None:
-        """Learn how long a row takes."""
-        if done:
-            self._row_seconds += FOLLOWS * (seconds / done - self._row_seconds)
-
     @torch.no_grad()
     def _run(self) -> None:
         error: Exception = StoppedError("the engine was stopped before this row was answered")
         try:
             while self._wait():
-                started, done = time.monotonic(), self._tally.done
+                started, done = time.monotonic(), self._counts.done
                 self._scheduler.once(self._take)
-                self._tick()
-                self._note(self._ticked - started, self._tally.done - done)
+                self._ticked = time.monotonic()
+                if rows := self._counts.done - done:
+                    self._row_seconds += SMOOTHING * ((self._ticked - started) / rows - self._row_seconds)
                 self._count()
         except Exception as fault:
             logger.exception("the engine has failed")
@@ -209,22 +206,22 @@ class Engine:
             with self._changed:
                 self._stopped = True
                 left = self._queue.take_all()
-            for one in left:
-                one.fail(error)
+            for queued in left:
+                queued.end(error)
             self._scheduler.fail(error)
             self._count()
 
     def _wait(self) -> bool:
         """Wait for something to do, and drop what was cancelled; return whether to go on."""
         with self._changed:
-            while not self._stopped and not (self._queue or len(self._scheduler) or len(self._writing)):
-                self._tick()
+            while not (self._stopped or self._queue or self._scheduler.held or self._scheduler.running):
+                self._ticked = time.monotonic()
                 self._changed.wait()
-            self._tick()
-            gone = self._queue.take_cancelled()
+            self._ticked = time.monotonic()
+            gone = self._queue.take_all(cancelled=True)
             stopped = self._stopped
-        for one in gone:
-            one.drop()
+        for queued in gone:
+            queued.end(CancelledError("the request was cancelled"))
         self._scheduler.drop_cancelled()
         self._count()
         return not stopped
@@ -232,33 +229,5 @@ class Engine:
     def _count(self) -> None:
         """Note how many rows are not answered."""
         with self._changed:
-            self._unanswered = len(self._queue) + len(self._scheduler) + len(self._writing)
+            self._unanswered = len(self._queue) + self._scheduler.held + self._scheduler.running
             self._changed.notify_all()
-
-
-class Collected:
-    """Collects the outcomes of a job's rows for somebody who waits for them."""
-
-    def __init__(self, rows: int) -> None:
-        self.found: list[Outcome | Exception | None] = [None] * rows
-        self.ready = threading.Event()
-        self._left = rows
-        if not rows:
-            self.ready.set()
-
-    def piece(self, row: int, text: str, tokens: Sequence[Token]) -> None:
-        """Pieces are of no use here: the answer has them all."""
-
-    def answered(self, row: int, outcome: Outcome) -> None:
-        """Take an answer."""
-        self._take(row, outcome)
-
-    def failed(self, row: int, error: Exception) -> None:
-        """Take an error."""
-        self._take(row, error)
-
-    def _take(self, row: int, found: Outcome | Exception) -> None:
-        self.found[row] = found
-        self._left -= 1
-        if not self._left:
-            self.ready.set()

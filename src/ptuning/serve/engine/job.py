@@ -1,19 +1,16 @@
-"""What the engine is asked and what it answers: a job of rows, and the outcome of each row."""
+"""Jobs of rows for the engine, and the outcome of each row."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
-from ptuning.config import GenerationSettings
-from ptuning.data.questions import Question
+from ptuning.engine.decoding import Token
 from ptuning.errors import PTuningError
 from ptuning.prompt.prediction import Prediction
-from ptuning.prompt.prompt import Prompt
-from ptuning.template.labels import Normalise
-from ptuning.template.segments import Ids
+from ptuning.prompt.rows import EchoRow, PromptRow, TextRow
 
 Finish = Literal["stop", "length"]
 
@@ -35,56 +32,6 @@ class CancelledError(PTuningError):
 
 
 @dataclass(frozen=True)
-class Answering:
-    """How rows are answered; names and defaults are those of :meth:`ptuning.prompt.predict.PromptModel.predict`.
-
-    Args:
-        alternatives: For written answers: so many of the likeliest tokens of each step are reported; None for none, and
-            0 for the chosen token alone.
-        pieces: Whether pieces of a written answer are told while it is written.
-    """
-
-    candidates: tuple[str, ...] | None = None
-    top_k: int = 1
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    normalise: Normalise | None = None
-    calibrate: bool | None = None
-    count_stop: bool = False
-    min_probability: float | None = None
-    alternatives: int | None = None
-    pieces: bool = False
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A record, or a question of a task, to answer with a prompt."""
-
-    prompt: Prompt
-    question: Question
-    how: Answering = Answering()
-
-
-@dataclass(frozen=True)
-class TextRow:
-    """A text, or token ids, that the base model continues; behind a prompt's beginning, if one is given: its template
-    must end in one field and the target, and the text is the field's.
-    """
-
-    text: str | Ids
-    how: Answering = Answering()
-    prompt: Prompt | None = None
-
-
-@dataclass(frozen=True)
-class EchoRow:
-    """A text, or token ids, whose own tokens are scored by the base model; with a ``prompt`` as in :class:`TextRow`."""
-
-    text: str | Ids
-    alternatives: int = 0
-    prompt: Prompt | None = None
-
-
-@dataclass(frozen=True)
 class CallRow:
     """Something else to do with the model or its tokenizer, in the engine's thread; it must be short."""
 
@@ -92,16 +39,6 @@ class CallRow:
 
 
 Row = PromptRow | TextRow | EchoRow | CallRow
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token with its natural log-probability (None for the first of a text), and the likeliest ones in its place."""
-
-    id: int
-    text: str
-    log_prob: float | None
-    alternatives: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,17 +71,27 @@ class Outcome:
     waited: float = 0.0
 
 
-class Listener(Protocol):
-    """Is told what becomes of a job's rows, in the engine's thread; it must return at once."""
+class Listener:
+    """Collects the outcomes of a job's rows; its methods are called in the engine's thread, and must return at once."""
+
+    def __init__(self, rows: int) -> None:
+        self.outcomes: list[Outcome | Exception | None] = [None] * rows
+        self.ready = threading.Event()
+        self._left = rows
+        if not rows:
+            self.ready.set()
 
     def piece(self, row: int, text: str, tokens: Sequence[Token]) -> None:
-        """A written answer has grown by a text that will not change, and by these tokens."""
+        """Take the new text and tokens of a generated answer."""
 
-    def answered(self, row: int, outcome: Outcome) -> None:
-        """A row is answered."""
-
-    def failed(self, row: int, error: Exception) -> None:
-        """A row has failed: a PTuningError says what is wrong with it, anything else is a fault of the service."""
+    def ended(self, row: int, outcome: Outcome | Exception) -> None:
+        """Take the outcome of a row, or its error: a PTuningError says what is wrong with it, anything else is a fault
+        of the service.
+        """
+        self.outcomes[row] = outcome
+        self._left -= 1
+        if not self._left:
+            self.ready.set()
 
 
 class Job:

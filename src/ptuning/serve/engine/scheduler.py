@@ -1,353 +1,255 @@
-"""Continuous batching: which rows run next, and the sequences that are decoded now."""
+"""Queue of rows and continuous batching: which rows run next, and what becomes of them."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import logging
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from ptuning.config import GenerationSettings
-from ptuning.data.questions import Questions
-from ptuning.engine.decoding.decoder import Decoder, DecodingState, OutputSequence, TextStreamer
-from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.serve.engine.batching import BatchRunner, check_finite, classify_rows, each_alone, score_text
-from ptuning.serve.engine.job import CallRow, EchoRow, Finish, Outcome, PromptRow, TextRow, Token, Usage
-from ptuning.serve.engine.prefix_cache import ModelRow
-from ptuning.serve.engine.preprocess import DecodingRow, Preprocessor, ScoringRow
-from ptuning.serve.engine.queue import QueuedRow
-from ptuning.template.segments import FILLS_MASKS
+from ptuning.engine.decoding import Token
+from ptuning.engine.runner import Generation, Runner, Scoring, TextScoring, Work, by_kind, is_streamable
+from ptuning.prompt.rows import Preprocessor, PromptRow, TextRow, check_finite, prediction_of
+from ptuning.serve.engine.job import CallRow, CancelledError, Job, Outcome, Row, Usage
+
+logger = logging.getLogger(__name__)
+
+# A row's priority is its arrival time plus this many seconds per earlier row of its job. A small job does not wait for
+# all rows of a large one before it, and no row waits for ever, since its own time does not change.
+SECONDS_PER_ROW = 0.02
+# Most tokens that are computed in a turn, on a CPU and on a GPU: more in a pass is not faster there, and a request
+# waits for the pass before its own. During decoding fewer, so that answers go on meanwhile.
+CPU_TOKENS, GPU_TOKENS = 1024, 8192
+TOKENS_BETWEEN_STEPS = 512
+# Most sequences that are decoded at a time.
+MAX_SEQUENCES = 64
 
 
-@dataclass(eq=False)
-class RunningSequence:
-    """An answer that is being written: whose it is, its line, and what was told of it."""
+@dataclass
+class RowCounts:
+    """Number of rows that were answered, have failed and were cancelled."""
 
-    waiting: QueuedRow
-    row: DecodingRow
-    cached: int
-    text: TextStreamer = field(init=False)
-    told: int = 0  # tokens
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
 
-    def __post_init__(self) -> None:
-        self.text = TextStreamer(self.row.line.ending)
+
+@dataclass(order=True)
+class QueuedRow:
+    """A row of a job that is not answered yet. Rows are ordered by ``due``; ``work`` is what the runner does for it."""
+
+    due: float
+    number: int
+    job: Job = field(compare=False)
+    index: int = field(compare=False)
+    counts: RowCounts = field(compare=False)
+    since: float = field(compare=False)
+    waited: float = field(compare=False, default=0.0)
+    has_ended: bool = field(compare=False, default=False)
+    work: Work = field(compare=False, init=False)
+    tokens_sent: int = field(compare=False, default=0)
 
     @property
-    def line(self) -> OutputSequence:
-        """The line."""
-        return self.row.line
+    def row(self) -> Row:
+        """The row itself."""
+        return self.job.rows[self.index]
 
-    def finish(self) -> Finish:
-        """Return how the answer ended."""
-        return "stop" if self.line.ending.is_own(self.line.draft.ids) else "length"
+    def piece(self, text: str, tokens: Sequence[Token]) -> None:
+        """Report a piece of the answer."""
+        self._report(lambda: self.job.listener.piece(self.index, text, tokens))
+
+    def end(self, outcome: Outcome | Exception) -> None:
+        """Report the outcome or error, unless one was reported already."""
+        if self.has_ended:
+            return
+        self.has_ended = True
+        if not isinstance(self.row, CallRow):
+            self.counts.done += isinstance(outcome, Outcome)
+            self.counts.cancelled += isinstance(outcome, CancelledError)
+            self.counts.failed += not isinstance(outcome, Outcome | CancelledError)
+        if isinstance(outcome, Outcome):
+            outcome = replace(outcome, waited=self.waited)
+        self._report(lambda: self.job.listener.ended(self.index, outcome))
+
+    def _report(self, report: Callable[[], None]) -> None:
+        try:
+            report()
+        except Exception:  # a fault of the listener; the engine goes on
+            logger.exception("a listener has failed")
 
 
-class RunningBatch:
-    """The lines that are written now, in as few batches as can be: rows of any prompts together, apart only those that
-    the model cannot continue in one batch.
-    """
+class RowQueue:
+    """Rows in the order of their priority; calls (:class:`CallRow`) come before all."""
 
-    def __init__(self, passes: BatchRunner) -> None:
-        self._passes = passes
-        self._tokenizer = passes.backbone.tokenizer
-        self._writers: list[tuple[object, Decoder]] = []
-        self._open: dict[OutputSequence, RunningSequence] = {}
-        self.tokens_written = 0
+    def __init__(self, counts: RowCounts) -> None:
+        self._rows: list[QueuedRow] = []
+        self._numbers = itertools.count()
+        self._counts = counts
 
     def __len__(self) -> int:
-        return len(self._open)
+        """Number of rows without calls."""
+        return sum(not isinstance(queued.row, CallRow) for queued in self._rows)
 
-    def begin(self, rows: Sequence[tuple[QueuedRow, DecodingRow]]) -> None:
-        """Read rows of one company, and write them with those that are written already. If it raises, none is begun."""
-        company = rows[0][1].company
-        own = [filled.row for _, filled in rows]
-        begun: list[tuple[Decoder, list[RunningSequence]]] = []
-        # A row that turns is read anew with each token, and so whole.
-        for group in self._passes.together(own, whole=company.turns):
-            some = [own[at] for at in group.places]
-            first = self._passes.run(some, group, pad_side="left", keep=not company.turns)
-            behind = DecodingState.behind(self._passes.backbone, [row.example for row in some], first)
-            opened = [RunningSequence(*rows[at], cached) for at, cached in zip(group.places, group.begun, strict=True)]
-            begun.append((Decoder(self._passes.backbone, behind, [one.line for one in opened]), opened))
-        for writer, opened in begun:
-            self._open |= {one.line: one for one in opened}
-            self._join(company, writer)
+    def __bool__(self) -> bool:
+        return bool(self._rows)
 
-    def _join(self, company: object, writer: Decoder) -> None:
-        for other, running in self._writers:
-            if other == company and running.joins(writer):
-                running.join(writer)
-                return
-        self._writers.append((company, writer))
+    def put(self, job: Job) -> None:
+        """Put in all rows of a job."""
+        now = time.monotonic()
+        for index, row in enumerate(job.rows):
+            due = float("-inf") if isinstance(row, CallRow) else now + index * SECONDS_PER_ROW
+            heapq.heappush(self._rows, QueuedRow(due, next(self._numbers), job, index, self._counts, now))
 
-    def step(self) -> None:
-        """Write a token of each line, and tell what has grown."""
-        for entry in list(self._writers):
-            _, writer = entry
-            own = list(writer.lines)
-            try:
-                lines = writer.step()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it ends these rows and nothing else
-                self._writers.remove(entry)
-                for line in own:
-                    self._open.pop(line).waiting.fail(error)
-                continue
-            self.tokens_written += len(lines)
-            for line in lines:
-                self._tell(self._open[line])
-            if not writer.lines:
-                self._writers.remove(entry)
+    def take(self) -> QueuedRow | None:
+        """Take out the next row; None if there is none."""
+        return heapq.heappop(self._rows) if self._rows else None
 
-    def _tell(self, one: RunningSequence) -> None:
-        """Tell what is new of an answer, and the whole of it if it has ended."""
-        line, waiting = one.line, one.waiting
-        if waiting.row.how.pieces:  # type: ignore[union-attr]  # only rows with answers are written
-            piece = one.text.piece(line.draft.ids, is_whole=line.ended)
-            new = self._tokens(line, one.told)
-            one.told = len(line.draft.ids)
-            waiting.piece(piece, new)
-        if line.ended:
-            del self._open[line]
-            try:
-                outcome = self._outcome(one)
-            except Exception as error:  # noqa: BLE001 - of this row
-                waiting.fail(error)
-            else:
-                waiting.answer(outcome)
-
-    def _outcome(self, one: RunningSequence) -> Outcome:
-        line = one.line
-        written = line.ending.written(line.draft)
-        found = check_finite([Candidate(written.text, written.log_prob)])
-        prediction = Prediction(written.text, tuple(found), tokens=written.tokens)
-        usage = Usage(one.row.tokens, len(line.draft.ids), one.cached)
-        return Outcome(prediction, usage, one.finish(), self._tokens(line, 0))
-
-    def _tokens(self, line: OutputSequence, first: int) -> tuple[Token, ...]:
-        """Return the tokens of a line from one on, if they were asked for."""
-        if line.alternatives is None:
-            return ()
-        decode = self._tokenizer.decode
-        return tuple(
-            Token(
-                token,
-                decode([token]),
-                line.log_probs[at],
-                tuple((decode([one]), value) for one, value in line.likeliest[at]),
-            )
-            for at, token in enumerate(line.draft.ids[first:], start=first)
-        )
-
-    def drop_cancelled(self) -> None:
-        """Leave out the lines of cancelled jobs."""
-        gone = {line for line, one in self._open.items() if one.waiting.job.cancelled}
-        for entry in list(self._writers):
-            writer = entry[1]
-            if gone & set(writer.lines):
-                writer.drop(gone)
-                if not writer.lines:
-                    self._writers.remove(entry)
-        for line in gone:
-            self._open.pop(line).waiting.drop()
-
-    def fail(self, error: Exception) -> None:
-        """Tell the jobs of all lines that they have failed."""
-        self._writers.clear()
-        while self._open:
-            self._open.popitem()[1].waiting.fail(error)
-
-
-Given = TypeVar("Given")
-Found = TypeVar("Found")
-
-# Most tokens that are read in a turn, on a processor and on an accelerator: more in a pass is not faster there, and a
-# request waits for the pass before its own. While answers are written, fewer, so that they go on meanwhile.
-PROCESSOR_TOKENS, ACCELERATOR_TOKENS = 1024, 8192
-TOKENS_BETWEEN_STEPS = 512
-# Most answers that are written at a time.
-MAX_LINES = 64
-
-
-@dataclass(frozen=True)
-class BlockingRow:
-    """A row that ``PromptModel.predict`` answers in one go: among candidates, by filled masks, or by beams."""
-
-    row: PromptRow
-    tokens: int
-
-    @property
-    def kind(self) -> Hashable:
-        """Rows of one kind are answered together."""
-        how = self.row.how
-        return how.candidates, how.top_k, how.generation, how.normalise, how.count_stop
-
-
-PreparedRow = ScoringRow | BlockingRow | DecodingRow | ModelRow
+    def take_all(self, *, cancelled: bool = False) -> list[QueuedRow]:
+        """Take out all rows, or those of cancelled jobs."""
+        gone = [queued for queued in self._rows if queued.job.cancelled or not cancelled]
+        if gone:
+            self._rows = [queued for queued in self._rows if queued.job.cancelled < cancelled]
+            heapq.heapify(self._rows)
+        return sorted(gone)
 
 
 class Scheduler:
-    """Takes rows and answers them, turn by turn."""
+    """Takes rows and answers them, turn by turn, with a runner: fairness, bounds of a turn, and reports to jobs."""
 
-    def __init__(self, model: PromptModel, filling: Preprocessor, passes: BatchRunner, writing: RunningBatch) -> None:
-        self._model, self._filling, self._passes, self._writing = model, filling, passes, writing
-        self._fills_masks = model.backbone.kind in FILLS_MASKS
-        on_processor = model.backbone.device.type == "cpu"
-        self._most = PROCESSOR_TOKENS if on_processor else ACCELERATOR_TOKENS
-        # Rows that were filled and had no room.
-        self._held: deque[tuple[QueuedRow, PreparedRow]] = deque()
+    def __init__(self, preprocessor: Preprocessor, runner: Runner) -> None:
+        self._preprocessor, self._runner = preprocessor, runner
+        self._most = CPU_TOKENS if runner.backbone.device.type == "cpu" else GPU_TOKENS
+        self._held: deque[QueuedRow] = deque()  # preprocessed, but not begun
         self._in_hand: list[QueuedRow] = []
+        self._running: dict[Work, QueuedRow] = {}
 
-    def __len__(self) -> int:
+    @property
+    def held(self) -> int:
+        """Number of rows that were taken and are not begun."""
         return len(self._held)
 
+    @property
+    def running(self) -> int:
+        """Number of rows whose answers are decoded now."""
+        return len(self._running)
+
     def drop_cancelled(self) -> None:
-        """Leave out the rows of cancelled jobs."""
-        gone = [one for one, _ in self._held if one.job.cancelled]
-        self._held = deque(entry for entry in self._held if not entry[0].job.cancelled)
-        for one in gone:
-            one.drop()
-        self._writing.drop_cancelled()
+        """Drop the rows of cancelled jobs."""
+        gone = [queued for queued in [*self._held, *self._running.values()] if queued.job.cancelled]
+        if gone:
+            self._held = deque(queued for queued in self._held if not queued.job.cancelled)
+            self._runner.drop([queued.work for queued in gone])
+            for queued in gone:
+                self._running.pop(queued.work, None)
+                queued.end(CancelledError("the request was cancelled"))
 
     def fail(self, error: Exception) -> None:
-        """Tell all jobs with rows that were taken and not answered that these have failed."""
-        for one in [*self._in_hand, *(one for one, _ in self._held)]:
-            one.fail(error)
+        """Report to all jobs with rows that were taken and not answered that these have failed."""
+        self._runner.fail_all()
+        for queued in [*self._in_hand, *self._held, *self._running.values()]:
+            queued.end(error)
         self._held.clear()
-        self._writing.fail(error)
+        self._running.clear()
 
     def once(self, take: Callable[[], QueuedRow | None]) -> None:
-        """Take rows (``take`` returns the next one), answer those that are scored, and write a token of the others."""
-        rows = self._take(take)
-        self._in_hand = [one for one, _ in rows]
-        self._classify([(one, filled) for one, filled in rows if isinstance(filled, ScoringRow)])
-        self._predict([(one, filled) for one, filled in rows if isinstance(filled, BlockingRow)])
-        for one, filled in rows:
-            if isinstance(filled, ModelRow):
-                self._echo(one, filled)
-        self._begin([(one, filled) for one, filled in rows if isinstance(filled, DecodingRow)])
+        """Take rows (``take`` returns the next one), answer them or begin to, and decode a token of each answer."""
+        self._in_hand = self._take(take)
+        rows = {queued.work: queued for queued in self._in_hand}
+        for works in by_kind(list(rows)):
+            self._begin(works, rows)
         self._in_hand = []
-        self._writing.step()
+        grown = self._runner.step(isolated=True)
+        for work in grown:
+            self._report(work, self._running[work])
 
-    def _take(self, take: Callable[[], QueuedRow | None]) -> list[tuple[QueuedRow, PreparedRow]]:
-        """Take rows up to the bounds of a turn. Those that the lines have no room for wait, and others go first."""
-        most = min(self._most, TOKENS_BETWEEN_STEPS) if len(self._writing) else self._most
-        taken: list[tuple[QueuedRow, PreparedRow]] = []
-        held: deque[tuple[QueuedRow, PreparedRow]] = deque()
+    def _begin(self, works: Sequence[Work], rows: dict[Work, QueuedRow]) -> None:
+        """Begin work; if that fails, each alone, so that a failed row fails alone."""
+        try:
+            self._runner.begin(works)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to a row
+            for work in works:
+                if len(works) == 1:
+                    rows[work].end(error)
+                else:
+                    self._begin([work], rows)
+            return
+        for work in works:
+            if work.is_done:
+                self._report(work, rows[work])
+            else:
+                self._running[work] = rows[work]
+
+    def _report(self, work: Work, queued: QueuedRow) -> None:
+        """Report what is new of an answer, and all of it if it has ended."""
+        row = queued.row
+        streams = isinstance(row, PromptRow | TextRow) and row.how.pieces and is_streamable(work)
+        if streams and isinstance(work, Generation) and work.error is None:
+            tokens = self._runner.token_details(work, queued.tokens_sent)
+            queued.tokens_sent = len(work.sequence.hypothesis.ids)
+            queued.piece(work.sequence.piece(), tokens)
+        if work.error is not None or work.is_done:
+            self._running.pop(work, None)
+            try:
+                queued.end(work.error or self._outcome(work, row))
+            except Exception as error:  # noqa: BLE001 - of this row
+                queued.end(error)
+
+    def _outcome(self, work: Work, row: Row) -> Outcome:
+        usage = Usage(work.tokens, 0, work.cached)
+        if isinstance(work, TextScoring):
+            check_finite(token.log_prob for token in work.result if token.log_prob is not None)
+            return Outcome(usage=usage, tokens=work.result)
+        assert isinstance(row, PromptRow | TextRow)
+        prediction, tokens = prediction_of(work, row.how), tuple[Token, ...]()
+        if isinstance(work, Scoring):
+            check_finite(work.log_probs)
+        else:
+            check_finite(candidate.log_prob for candidate in prediction.candidates)
+            usage = replace(usage, completion_tokens=prediction.tokens or 0)
+        if isinstance(work, Generation) and is_streamable(work):
+            usage = replace(usage, completion_tokens=len(work.sequence.hypothesis.ids))
+            tokens = self._runner.token_details(work)
+        return Outcome(prediction, usage, "length" if prediction.stopped == "length" else "stop", tokens)
+
+    def _take(self, take: Callable[[], QueuedRow | None]) -> list[QueuedRow]:
+        """Take rows up to the bounds of a turn. Those that would be too many sequences wait, and others go first."""
+        most = min(self._most, TOKENS_BETWEEN_STEPS) if self._running else self._most
+        taken: list[QueuedRow] = []
+        held: deque[QueuedRow] = deque()
         begun: set[bytes] = set()
-        tokens = written = 0
+        tokens, sequences = 0, sum(work.lanes for work in self._running if isinstance(work, Generation))
         while tokens < most:
-            entry = self._held.popleft() if self._held else self._next(take)
-            if entry is None:
+            queued = self._held.popleft() if self._held else self._next(take)
+            if queued is None:
                 break
-            _, filled = entry
-            size = self._cost(filled, begun)
-            no_line = isinstance(filled, DecodingRow) and len(self._writing) + written >= MAX_LINES
-            if no_line:
-                held.append(entry)
+            work = queued.work
+            lanes = work.lanes if isinstance(work, Generation) else 0
+            if lanes and sequences and sequences + lanes > MAX_SEQUENCES:
+                held.append(queued)
                 continue
+            size = sum(self._runner.store.to_read(row, begun) for row in work.rows)
             if taken and tokens + size > most:
-                held.append(entry)
+                held.append(queued)
                 break
-            taken.append(entry)
+            taken.append(queued)
             tokens += size
-            written += isinstance(filled, DecodingRow)
+            sequences += lanes
         self._held = held + self._held
         return taken
 
-    def _cost(self, filled: PreparedRow, begun: set[bytes]) -> int:
-        """Return how many tokens are read for a row beside those that have ``begun`` already."""
-        if isinstance(filled, BlockingRow):
-            return filled.tokens
-        rows = (filled,) if isinstance(filled, ModelRow) else filled.rows
-        return sum(self._passes.kept.to_read(row, begun) for row in rows)
-
-    def _next(self, take: Callable[[], QueuedRow | None]) -> tuple[QueuedRow, PreparedRow] | None:
-        """Return the next row that can be filled; those that cannot fail."""
-        while (one := take()) is not None:
-            one.taken()
+    def _next(self, take: Callable[[], QueuedRow | None]) -> QueuedRow | None:
+        """Return the next row, preprocessed; those that cannot be fail, and calls are made."""
+        while (queued := take()) is not None:
+            queued.waited, queued.job.is_begun = time.monotonic() - queued.since, True
+            row = queued.row
             try:
-                filled = self._fill(one)
+                if not isinstance(row, CallRow):
+                    queued.work = self._preprocessor.work(row)
+                    return queued
+                queued.end(Outcome(value=row.call()))
             except Exception as error:  # noqa: BLE001 - of this row
-                one.fail(error)
-                continue
-            if filled is not None:
-                return one, filled
+                queued.end(error)
         return None
-
-    def _fill(self, one: QueuedRow) -> PreparedRow | None:
-        """Fill a row's template; None if there is none, and its call is made."""
-        row = one.row
-        if isinstance(row, CallRow):
-            one.answer(Outcome(value=row.call()))
-            return None
-        if isinstance(row, TextRow):
-            return self._filling.continued(row)
-        if isinstance(row, EchoRow):
-            return self._filling.echoed(row)
-        answers = self._filling.answers(row)
-        if answers.is_closed and row.how.candidates is None:
-            return self._filling.scored(row, answers)
-        several = row.how.top_k > 1 or row.how.generation.num_beams > 1
-        if row.how.candidates is not None or several or self._fills_masks:
-            return BlockingRow(row, self._filling.read_whole(row))
-        return self._filling.written(row)
-
-    def _classify(self, rows: Sequence[tuple[QueuedRow, ScoringRow]]) -> None:
-        if rows:
-            asked = [(cast("PromptRow", one.row), filled) for one, filled in rows]
-            _answer((one for one, _ in rows), each_alone(lambda some: classify_rows(self._passes, some), asked))
-
-    def _predict(self, rows: Sequence[tuple[QueuedRow, BlockingRow]]) -> None:
-        kinds: dict[Hashable, list[tuple[QueuedRow, BlockingRow]]] = {}
-        for one, filled in rows:
-            kinds.setdefault(filled.kind, []).append((one, filled))
-        for same in kinds.values():
-            _answer((one for one, _ in same), each_alone(self._predicted, [filled for _, filled in same]))
-
-    def _predicted(self, rows: Sequence[BlockingRow]) -> list[Outcome]:
-        how = rows[0].row.how
-        listed = how.candidates
-        found = self._model.predict(
-            Questions((one.row.question for one in rows), name="the request"),
-            [one.row.prompt for one in rows],
-            listed,
-            top_k=how.top_k,
-            generation=how.generation if listed is None else GenerationSettings(),
-            normalise=how.normalise,
-            count_stop=how.count_stop,
-        )
-        return [self._outcome(one, prediction) for one, prediction in zip(rows, found, strict=True)]
-
-    def _outcome(self, row: BlockingRow, prediction: Prediction) -> Outcome:
-        check_finite(prediction.candidates)
-        self._passes.read_elsewhere(row.tokens)
-        return Outcome(prediction, Usage(row.tokens, prediction.tokens or 0))
-
-    def _echo(self, one: QueuedRow, row: ModelRow) -> None:
-        most = cast("EchoRow", one.row).alternatives
-        _answer(
-            [one], each_alone(lambda some: [score_text(self._passes, each, alternatives=most) for each in some], [row])
-        )
-
-    def _begin(self, rows: Sequence[tuple[QueuedRow, DecodingRow]]) -> None:
-        """Begin to write rows, those of one company together; if that fails, each alone."""
-        companies: dict[Hashable, list[tuple[QueuedRow, DecodingRow]]] = {}
-        for one, filled in rows:
-            companies.setdefault(filled.company, []).append((one, filled))
-        for same in companies.values():
-            for (one, _), found in zip(same, each_alone(self._begun, same), strict=True):
-                if isinstance(found, Exception):
-                    one.fail(found)
-
-    def _begun(self, rows: Sequence[tuple[QueuedRow, DecodingRow]]) -> Sequence[None]:
-        self._writing.begin(rows)
-        return [None] * len(rows)
-
-
-def _answer(waiting: Iterable[QueuedRow], found: Sequence[Outcome | Exception]) -> None:
-    for one, outcome in zip(waiting, found, strict=True):
-        if isinstance(outcome, Exception):
-            one.fail(outcome)
-        else:
-            one.answer(outcome)

@@ -21,8 +21,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from ptuning.files import file_error
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import PromptRow
 from ptuning.provenance import VERSION
-from ptuning.serve.engine.job import CallRow, Job, Outcome, PromptRow, Row, Usage
+from ptuning.serve.engine.job import CallRow, Job, Outcome, Row, Usage
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection

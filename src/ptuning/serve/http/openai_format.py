@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ptuning.engine.decoding import Token
 from ptuning.files import Json
-from ptuning.serve.engine.job import Outcome, Token, Usage
+from ptuning.serve.engine.job import Outcome, Usage
 
 Body = dict[str, object]
 # JSON has no infinity; OpenAI's clients know this value of a probability of 0.

@@ -23,8 +23,9 @@ from ptuning.files import sha256
 from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import Answering, EchoRow, PromptRow, TextRow
 from ptuning.provenance import VERSION
-from ptuning.serve.engine.job import Answering, EchoRow, Outcome, PromptRow, Row, TextRow, Usage
+from ptuning.serve.engine.job import Outcome, Row, Usage
 from ptuning.serve.http.errors import ApiError, JsonResponse, as_api_error, invalid
 from ptuning.serve.http.openai_format import (
     Body,

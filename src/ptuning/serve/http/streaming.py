@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from starlette.responses import StreamingResponse
 
-from ptuning.serve.engine.job import CallRow, Job, Outcome, Row, Token
+from ptuning.engine.decoding import Token
+from ptuning.serve.engine.job import CallRow, Job, Listener, Outcome, Row
 from ptuning.serve.http.errors import ClientGoneError, as_api_error, as_json, invalid
 from ptuning.serve.http.metrics import RequestStats, stats_of
 from ptuning.serve.http.openai_format import Event, Piece, ResponseBuilder, RowEnd
@@ -30,10 +31,11 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-class ReplyQueue:
+class ReplyQueue(Listener):
     """Events of a job, written by the engine's thread and read on the event loop."""
 
     def __init__(self, rows: Sequence[Row], stats: RequestStats, *, max_pending: int) -> None:
+        super().__init__(len(rows))
         self.job = Job(rows, self)
         self._stats = stats
         self._loop = asyncio.get_running_loop()
@@ -50,16 +52,10 @@ class ReplyQueue:
         else:
             self._put(Piece(row, text, tuple(tokens)))
 
-    def answered(self, row: int, outcome: Outcome) -> None:
-        """Take an answer."""
-        self._stats.add_outcome(self.job.rows[row], outcome)
-        self._end(row, outcome)
-
-    def failed(self, row: int, error: Exception) -> None:
-        """Take an error."""
-        self._end(row, error)
-
-    def _end(self, row: int, outcome: Outcome | Exception) -> None:
+    def ended(self, row: int, outcome: Outcome | Exception) -> None:
+        """Take an answer or an error."""
+        if isinstance(outcome, Outcome):
+            self._stats.add_outcome(self.job.rows[row], outcome)
         self._events.append(RowEnd(row, outcome))
         self._unanswered -= 1
         self._notify()

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.engine.decoding import Token
 from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.serve.engine.job import Job, Outcome, PromptRow, TextRow, Token, Usage
+from ptuning.prompt.rows import PromptRow, TextRow
+from ptuning.serve.engine.job import Job, Outcome, Usage
 from tests.conftest import learned, plain_logits
 from tests.serve.http.conftest import Asked, Shelf
 
@@ -134,7 +136,7 @@ def test_sampling_is_asked_of_the_engine(stubbed: Callable[..., Asked]) -> None:
     def take(job: Job) -> None:
         jobs.append(job)
         for at in range(len(job.rows)):
-            job.listener.answered(at, Outcome(Prediction("a", (Candidate("a", -1.0),)), Usage(7, 1, 3)))
+            job.listener.ended(at, Outcome(Prediction("a", (Candidate("a", -1.0),)), Usage(7, 1, 3)))
 
     asked = stubbed(take)
     body = {"prompt": ["a", "b"], "n": 2, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": "x", "max_tokens": 9}
@@ -240,7 +242,7 @@ def test_a_fault_in_a_stream_is_told_in_it_and_ends_it(stubbed: Callable[..., As
     def take(job: Job) -> None:
         jobs.append(job)
         job.listener.piece(0, "on", [Token(5, "on", -1.0)])
-        job.listener.failed(0, RuntimeError("/secret/place"))
+        job.listener.ended(0, RuntimeError("/secret/place"))
 
     found = stubbed(take).post("/v1/completions", model="write", prompt=["a", "b"], stream=True)
     assert found.status_code == 200

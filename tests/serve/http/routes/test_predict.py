@@ -157,7 +157,7 @@ def test_an_answer_that_is_no_number_is_a_fault_and_its_neighbours_are_unhurt(
 ) -> None:
     def take(job: Job) -> None:
         for at, value in enumerate((-1.0, math.nan, -math.inf)):
-            job.listener.answered(at, Outcome(Prediction("a", (Candidate("a", value),))))
+            job.listener.ended(at, Outcome(Prediction("a", (Candidate("a", value),))))
 
     found = stubbed(take).post("/v1/predict", model="write", records=["a", "b", "c"])
     first, second, third = found.json()["predictions"]
@@ -172,7 +172,7 @@ def test_an_answer_that_is_no_number_is_a_fault_and_its_neighbours_are_unhurt(
 def test_an_engine_that_ends_is_503(stubbed: Callable[..., Asked], error: Exception, code: str) -> None:
     def take(job: Job) -> None:
         for at in range(len(job.rows)):
-            job.listener.failed(at, error)
+            job.listener.ended(at, error)
 
     for path, body in (("/v1/predict", {"records": ["a", "b"]}), ("/v1/completions", {"prompt": "a"})):
         found = stubbed(take).post(path, model="write", **body)

@@ -13,9 +13,10 @@ from transformers import GenerationConfig
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.config import GenerationSettings
-from ptuning.engine.decoding.decoder import DecodingState, GenerationInput, Hypothesis, StopCriteria
-from ptuning.engine.decoding.generate import _generate
+from ptuning.engine.decoding import DecodingState, Hypothesis, StopCriteria
 from ptuning.engine.forward import forward, target_logits
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import generate
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -99,23 +100,16 @@ def written(
     filled = bound(backbone, str(prompt.template))
     filled.multiline = True  # generate knows no lines
     seen: dict[str, list[int]] = {}
-    plain = StopCriteria.written
+    plain = StopCriteria.generated
 
     def kept(self: StopCriteria, draft: Hypothesis) -> Any:
         found = plain(self, draft)
         seen.setdefault(f"{found.text}/{found.log_prob}", list(draft.ids))
         return found
 
-    monkeypatch.setattr(StopCriteria, "written", kept)
-    examples = filled.contexts(records, target_tokens=TOKENS)
-    with torch.no_grad():
-        found = _generate(
-            backbone,
-            [GenerationInput(filled, record, TOKENS) for record in records],
-            examples,
-            prompt.learned(backbone),
-            settings=GenerationSettings(**way),
-        )
+    monkeypatch.setattr(StopCriteria, "generated", kept)
+    ready = PreparedPrompt(prompt.learned(backbone), filled)
+    found = generate(backbone, ready, records, max_tokens=TOKENS, settings=GenerationSettings(**way))
     return [seen[f"{row[0].text}/{row[0].log_prob}"] for row in found]
 
 
@@ -270,7 +264,7 @@ def ending_of(backbone: Backbone, *stops: str) -> StopCriteria:
     """Return the ending of long answers of several lines."""
     filled = bound(backbone, TEMPLATE)
     filled.multiline = True
-    return StopCriteria.of(backbone, GenerationInput(filled, RECORDS[0], 999), stop_strings=stops)
+    return StopCriteria.of(backbone, filled, 999, stop_strings=stops)
 
 
 def test_an_answer_ends_before_a_stop_string(causal: Backbone) -> None:
@@ -365,7 +359,8 @@ def test_the_context_of_a_decoder_counts_as_written(monkeypatch: pytest.MonkeyPa
     backbone = own_copy("t5")
     filled = bound(backbone, "[X] is [>] so [P] [Y]")
     examples: list[Example] = filled.contexts(RECORDS)
-    rows = DecodingState(backbone, examples, learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone))
+    own = learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone)
+    rows = DecodingState(backbone, examples, forward(backbone, examples, own, pad_side="left", keep=True))
     ids = rows.before[0]
     assert ids == [*backbone.tokenizer.decoder_ids, *backbone.tokenizer.encode(["so"])[0]]
 

@@ -11,8 +11,9 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
-from ptuning.engine.decoding import decoder
-from ptuning.engine.decoding.decoder import Decoder, DecodingState, GenerationInput, OutputSequence, StopCriteria
+from ptuning.engine import decoding as decoder
+from ptuning.engine.decoding import Decoder, DecodingState, OutputSequence, StopCriteria
+from ptuning.engine.forward import forward
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
@@ -39,10 +40,10 @@ def writer(backbone: Backbone, record: Record, prompt: Prompt, way: dict[str, ob
     settings = GenerationSettings.of(way)
     bound = prompt.bind(backbone)
     most = settings.max_new_tokens or prompt.target_tokens + 2
-    rows = DecodingState(backbone, bound.contexts([record], target_tokens=most), prompt.learned(backbone))
-    return Decoder(
-        backbone, rows, [OutputSequence(StopCriteria.of(backbone, GenerationInput(bound, record, most)), settings)]
-    )
+    examples = bound.contexts([record], target_tokens=most)
+    first = forward(backbone, examples, prompt.learned(backbone), pad_side="left", keep=True)
+    ending = StopCriteria.of(backbone, bound, most)
+    return Decoder(backbone, DecodingState(backbone, examples, first), [OutputSequence(ending, settings)])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -58,25 +59,25 @@ def test_lines_that_join_and_leave_are_written_as_alone(
     asked: dict[OutputSequence, tuple[Record, Prompt, dict[str, object]]] = {}
     together, widest = None, 0
     with torch.no_grad():
-        while waiting or (together is not None and together.lines):
+        while waiting or (together is not None and together.sequences):
             for _ in range(choose.randrange(3) if waiting else 0):
                 if not waiting:
                     break
                 row = waiting.pop()
                 new = writer(backbone, *row)
-                asked[new.lines[0]] = row
-                if together is None or not together.lines:
+                asked[new.sequences[0]] = row
+                if together is None or not together.sequences:
                     together = new
                 else:
-                    assert together.joins(new)
+                    assert together.can_join(new)
                     together.join(new)
-            if together is not None and together.lines:
-                widest = max(widest, len(together.lines))
+            if together is not None and together.sequences:
+                widest = max(widest, len(together.sequences))
                 together.step()
     assert widest > 3
     for line, (record, prompt, way) in asked.items():
         alone = model.predict([record], prompt, generation=way)[0]
-        found = line.ending.written(line.draft)
+        found = line.ending.generated(line.hypothesis)
         assert (found.text, found.tokens) == (alone.text, alone.tokens)
         assert found.log_prob == pytest.approx(alone.log_prob, abs=1e-3)
 
@@ -87,11 +88,11 @@ def test_pads_that_nobody_needs_are_dropped(causal: Backbone, monkeypatch: pytes
     with torch.no_grad():
         one = writer(causal, RECORDS[0], prompts(causal)[0], {"max_new_tokens": 30})
         one.join(writer(causal, TEXTS[-1], prompts(causal)[0], {"max_new_tokens": 1}))
-        wide = one._rows._mask.shape[1]
+        wide = one._state._mask.shape[1]
         one.step()
-    assert len(one.lines) == 1
-    assert one._rows._mask.shape[1] < wide / 2
-    assert bool(one._rows._mask[:, 0].all())
+    assert len(one.sequences) == 1
+    assert one._state._mask.shape[1] < wide / 2
+    assert bool(one._state._mask[:, 0].all())
 
 
 @pytest.mark.parametrize("name", ["t5", "mamba", "gemma-3"])
@@ -100,7 +101,7 @@ def test_rows_whose_memory_holds_more_are_written_apart(name: str) -> None:
     backbone = built(name)
     with torch.no_grad():
         one, two = (writer(backbone, record, Prompt.manual("[X] is [Y]"), {}) for record in RECORDS[:2])
-    assert not one.joins(two)
+    assert not one.can_join(two)
 
 
 def test_prompts_with_different_words_on_the_decoders_side(monkeypatch: pytest.MonkeyPatch) -> None:

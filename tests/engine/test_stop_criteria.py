@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.decoding.decoder import Hypothesis, StopCriteria
+from ptuning.engine.decoding import Hypothesis, StopCriteria
 
 
 def ids_of(backbone: Backbone, text: str) -> tuple[int, ...]:
@@ -21,4 +21,4 @@ def test_why_an_answer_ended(causal: Backbone) -> None:
     assert ending.stopped(own[:1]) == "length"
     many = StopCriteria(causal, max_tokens=2, multiline=True)
     assert many.stopped((*own[:1], line)) == "length"  # a text of several lines goes on behind a line
-    assert many.written(Hypothesis((*own[:1], end), -1.0)).stopped == "end"
+    assert many.generated(Hypothesis((*own[:1], end), -1.0)).stopped == "end"

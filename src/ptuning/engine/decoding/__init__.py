@@ -1,1 +1,0 @@
-"""Text generation: ``generate`` answers rows, ``decoder`` decodes a batch token by token."""
