@@ -57,7 +57,7 @@ def test_at_most_64_development_records_are_written_for_and_they_are_drawn(causa
         return lambda *_: 0.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptuning.training.run, "judging", judging)
+        patch.setattr(ptuning.training.run, "epoch_metric", judging)
         run(causal, None, TEXTS[:3], settings={"epochs": 1, "metric_for_best_model": "exact"}, dev=rows)
     (longest,) = {max(len(one) for one in causal.tokenizer.encode([f" {row['y']}" for row in TEXTS]))}
     assert seen == [64, longest + 2]
