@@ -27,9 +27,9 @@ from benchmarks.common import (
 from benchmarks.material import FACTS_TEMPLATE, backbone_of, every, seconds_of
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.training.fleet import train_fleet
 from ptuning.training.run import TrainResult, train
 from ptuning.training.spec import FleetPrompt
-from ptuning.training.train_fleet import train_fleet
 
 SIZES = (1, 4, 16, 64)
 # The size of the goal, and how many runs one after another stand for it.

@@ -32,7 +32,7 @@ from benchmarks.material import synchronised
 from ptuning.backbone.attention import MARK
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.engine.objective import ScoringRequest
-from ptuning.training.encoders.encoder import MAX_ENCODER_WIDTH
+from ptuning.training.encoders import MAX_ENCODER_WIDTH
 
 if TYPE_CHECKING:
     from transformers import TrainerState

@@ -30,8 +30,8 @@ from benchmarks.material import (
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.engine import forward as forward_module
+from ptuning.training import encoders as encoder
 from ptuning.training import step as steps
-from ptuning.training.encoders import encoder
 from ptuning.training.trainer import Trainer
 
 MARK = "stage: "

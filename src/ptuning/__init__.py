@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from ptuning.template.labels import LabelWords as LabelWords
     from ptuning.template.language import Template as Template
     from ptuning.training.estimate import estimate as estimate
+    from ptuning.training.fleet import train_fleet as train_fleet
     from ptuning.training.run import train as train
     from ptuning.training.spec import FleetPrompt as FleetPrompt
     from ptuning.training.tracking import TrainingLog as TrainingLog
-    from ptuning.training.train_fleet import train_fleet as train_fleet
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
@@ -58,7 +58,7 @@ _HOMES = {
     "methods": "method.registry",
     "superglue": "experiment.superglue",
     "train": "training.run",
-    "train_fleet": "training.train_fleet",
+    "train_fleet": "training.fleet",
 }
 
 __all__ = [

@@ -24,12 +24,6 @@ TrainBackbone = Literal["none", "head", "full", "lora"]
 SaveWeights = Literal["difference", "whole"]
 Setting = int | float | str | bool  # value of a setting
 
-# Version of the training code. Raise it when the same settings give another result, so that older results and
-# checkpoints are neither reused nor resumed.
-RECIPE = 4
-# Added to it where slots are deep, or free vectors of the input.
-STEPS_RECIPE = 2
-
 # Criteria that choose the best epoch, besides generation metrics.
 BY_SCORE, BY_LOSS = "score", "loss"
 

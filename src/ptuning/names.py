@@ -36,10 +36,9 @@ MANIFEST_FILE = "prompt.json"
 CARD_FILE = "README.md"
 WEIGHTS_FOLDER = "backbone"
 VECTORS_KEY = "slot_vectors"
-# A checkpoint of one prompt, and of a fleet: which prompts are done, which are in training, and their checkpoints.
+# A checkpoint: the trainings of a run or a fleet, and the backbone's best weights of a restart.
 CHECKPOINT_FILE = "state.safetensors"
-BEST_FILE = "best-{epoch}.safetensors"
-STATE_FILE = "fleet.json"
+BEST_FILE = "best-{start}-{epoch}.safetensors"
 FLEET_FILE = "fleet.json"
 # A comparison: its cells, checkpoints of prompts that are trained together, and its report.
 CELLS_FOLDER = "cells"
@@ -127,15 +126,13 @@ PROMPT = OutputLayout(
     {CARD_FILE: _page(CARD_FILE)},
     {WEIGHTS_FOLDER: OutputLayout(listed=(f"../{MANIFEST_FILE}", "weights", "sha256"))},
 )
-_START = {CHECKPOINT_FILE: _tensors("state", "identity", "sha256"), BEST_FILE.format(epoch="#"): _tensors("epoch")}
-CHECKPOINT = OutputLayout(_START, folders={"start-#": OutputLayout(_START)})
+CHECKPOINT = OutputLayout(
+    {CHECKPOINT_FILE: _tensors("state", "sha256"), BEST_FILE.format(start="#", epoch="#"): _tensors("epoch")}
+)
 RUN = OutputLayout(
     {RUN_FILE: _keys("format_version", "command"), PREDICTIONS_FILE: _ROWS},
     folders={PROMPT_FOLDER: PROMPT, CHECKPOINT_FOLDER: CHECKPOINT},
     left=(LOG_FOLDER,),
-)
-FLEET_CHECKPOINT = OutputLayout(
-    {STATE_FILE: rb'\{\s*"(live|finished)"\s*:'}, folders={"at-#": OutputLayout(folders={"#": CHECKPOINT})}
 )
 CELL = OutputLayout(
     {
@@ -159,7 +156,7 @@ COMPARISON = OutputLayout(
     {
         **REPORT.folders,
         CELLS_FOLDER: OutputLayout(folders={"*": OutputLayout(folders={"*": OutputLayout(folders={"seed-#": CELL})})}),
-        FLEETS_FOLDER: OutputLayout(folders={"*": FLEET_CHECKPOINT}),
+        FLEETS_FOLDER: OutputLayout(folders={"*": CHECKPOINT}),
     },
     left=(LOG_FOLDER,),
 )
@@ -167,7 +164,7 @@ COMPARISON = OutputLayout(
 
 def fleet_layout(names: Iterable[str]) -> OutputLayout:
     """Return the layout of the folder of a fleet with prompts of these names."""
-    checkpoints = dict.fromkeys((CHECKPOINT_FOLDER, f"{CHECKPOINT_FOLDER}-#"), FLEET_CHECKPOINT)
+    checkpoints = dict.fromkeys((CHECKPOINT_FOLDER, f"{CHECKPOINT_FOLDER}-#"), CHECKPOINT)
     folders = {**checkpoints, **dict.fromkeys(names, RUN)}
     return OutputLayout({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
 

@@ -22,17 +22,17 @@ from ptuning.experiment.cells import CellJob, mean_seconds
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Plan, Watch
 from ptuning.experiment.suite import Suite
-from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS
-from ptuning.names import CHECKPOINT_FILE, STATE_FILE
+from ptuning.names import CHECKPOINT_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
 from ptuning.report.results_file import Cell, Results
 from ptuning.template.language import Template
-from ptuning.training import fleet, step, train_fleet, trainer
+from ptuning.training import step, trainer
 from ptuning.training.checkpoint import write_checkpoint
+from ptuning.training.run import train_together
 from tests.conftest import WARM
 from tests.processes import forked
 
@@ -343,7 +343,7 @@ compare(train, dev=dev, test=test, manual=sys.argv[4], template=sys.argv[5], out
 
 def has_checkpoint(out: Path) -> bool:
     """Whether a training is under way somewhere in a folder."""
-    return any({CHECKPOINT_FILE, STATE_FILE} & set(files) for _, _, files in os.walk(out))
+    return any(CHECKPOINT_FILE in files for _, _, files in os.walk(out))
 
 
 @pytest.mark.parametrize(("method", "tries"), [("p-tuning", 3), ("fine-tuning", 1)])
@@ -465,10 +465,12 @@ def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
 ) -> None:
     """As where so many encoders do not fit into the memory."""
 
-    def full(_: object) -> None:
-        raise RuntimeError("out of memory")
+    def full(steps: Sequence[Any]) -> list[Any]:
+        if len(steps) > 1:
+            raise RuntimeError("out of memory")
+        return step.take_steps(steps)
 
-    monkeypatch.setattr(fleet, "take_steps", full)
+    monkeypatch.setattr(trainer, "take_steps", full)
     found = list(suite(causal, tmp_path, counts=(5, 12)).run())
     assert [one.status for one in found] == ["done", "done"]
     assert "at once failed: out of memory" in caplog.text
@@ -492,9 +494,8 @@ def test_a_checkpoint_that_cannot_be_written_changes_no_result(
 
         return write
 
-    monkeypatch.setattr(fleet, "SAVING_PAUSE", 0.0)
+    monkeypatch.setattr(trainer, "SAVING_PAUSE", 0.0)
     monkeypatch.setattr(trainer, "write_checkpoint", full_once(write_checkpoint))
-    monkeypatch.setattr(fleet, "write_json", full_once(write_json))
     found = list(suite(causal, tmp_path / "full", counts=(5, 12), config=often).run())
     assert [one.status for one in found] == ["done", "done"]
     assert caplog.text.count("no checkpoint was written, and training goes on") == 1
@@ -514,13 +515,13 @@ def test_a_finished_task_is_not_trained_again_beside_new_ones(
     before = list(suite(causal, tmp_path, counts=(5, 12)).run())
     shutil.rmtree(tmp_path / before[0].cell.folder / "try-1")
     names: list[str] = []
-    real = train_fleet.fleet_runs
+    real = train_together
 
     def spy(runs: Any, **options: Any) -> Any:
         names.extend(runs)
         return real(runs, **options)
 
-    monkeypatch.setattr("ptuning.experiment.suite.fleet_runs", spy)
+    monkeypatch.setattr("ptuning.experiment.suite.train_together", spy)
     assert len(list(suite(causal, tmp_path, counts=(5, 12, 8)).run())) == 3
     assert names == ["task-8/try-1"]
 

@@ -39,7 +39,7 @@ from ptuning.data.word_lists import read_words
 from ptuning.doctor import Answer, CheckedPrompt, Server, check_server, read_prompts
 from ptuning.errors import TaskError
 from ptuning.exchange.import_peft import import_prompt, read_adapter_folder
-from ptuning.files import parse_toml, sha256, write_bytes
+from ptuning.files import parse_toml, read_json, sha256, validate, write_bytes
 from ptuning.metrics.generation import TEXT_METRICS, value_of_texts
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
@@ -59,8 +59,7 @@ from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.messages import read_messages, write_messages
 from ptuning.training.fleet_file import read_fleet
-from ptuning.training.identity import identity_of_run
-from ptuning.training.run_folder import check_folder
+from ptuning.training.run import RunRecord
 from ptuning.workers.jobs import Job, WorkPart
 from ptuning.workers.pool import WorkerConfig
 from tests.conftest import learned
@@ -439,9 +438,10 @@ def reports(draw: Draw) -> None:
 
 
 RUN = {
-    "format_version": 1, "train_backbone": "none", "settings": {"lr": 0.001}, "backbone": {"fingerprint": "0"},
+    "format_version": 1, "identity": {}, "train_backbone": "none", "settings": {"lr": 0.001},
     "data": {"train": {"name": "a", "sha256": "0", "rows": 3}, "dev": {"name": "b", "sha256": "1", "rows": 2}},
-    "start": {"dev_loss": 1.0, "dev_score": 0.5}, "chosen_epoch": 1, "choice_rule": "highest", "seconds": 1.0,
+    "start": {"dev_loss": 1.0, "dev_score": 0.5}, "chosen_epoch": 1, "choice_rule": "highest",
+    "dev_score": {"value": 0.5, "low": 0.0, "high": 1.0, "n": 2},
     "history": [{"epoch": 1, "train_loss": 1.0, "dev_loss": 1.0, "dev_score": 0.5}], "train_seconds": 0.5,
     "trainable_parameters": 5, "frozen_parameters": 7, "tokens_per_second": None,
 }  # fmt: skip
@@ -452,8 +452,7 @@ def runs(draw: Draw) -> None:
     record = draw(changed_json(RUN))
     with folder() as path:
         (path / "run.json").write_text(as_json(record), encoding="utf-8")
-        wanted = tried(identity_of_run, record) if isinstance(record, dict) else None
-        tried(check_folder, path, wanted or {}, resume=True, overwrite=False)
+        tried(lambda: validate(RunRecord, read_json(path / "run.json")))
 
 
 FACTS = [{"sub_label": f"Land {i}", "obj_label": f"Town {i}", "predicate_id": "P36", "pred": "/a/b"} for i in range(3)]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 import ptuning.method
-from ptuning.config import RECIPE, STEPS_RECIPE, EncoderKind, TrainConfig
 from ptuning.data.questions import Question, as_questions
 from ptuning.errors import ConfigError
 from ptuning.method.base import Methods, Setup, Solution, Task
 from ptuning.method.registry import METHODS, methods
 from ptuning.metrics import Answer
 from ptuning.template.kinds import KINDS
-from ptuning.template.language import Template
 
 
 def nothing(_: Task, __: Setup) -> Solution:
@@ -112,26 +110,3 @@ def test_a_method_of_ones_own_imports_from_the_room() -> None:
     assert (ptuning.method.Solution, ptuning.method.Task, ptuning.method.Setup) == (Solution, Task, Setup)
     with pytest.raises(AttributeError, match="has no attribute 'Solutions'"):
         getattr(ptuning.method, "Solutions")  # noqa: B009
-
-
-@pytest.mark.parametrize(
-    ("method", "encoder", "template", "recipe"),
-    [
-        ("manual", "none", "[P] [X] [Y]", None),
-        ("p-tuning", "lstm", "[P] [X] [Y]", RECIPE),
-        ("p-tuning", "none", "[P] [X] [Y]", RECIPE + STEPS_RECIPE),
-        ("p-tuning", "lstm", "[D] [X] [Y]", RECIPE + STEPS_RECIPE),
-        ("p-tuning+lora", "none", "[P] [X] [Y]", RECIPE + STEPS_RECIPE),
-        ("hybrid", "lstm", "[P] [X] [Y]", RECIPE + STEPS_RECIPE),
-        ("prompt-tuning", "lstm", "[P] [X] [Y]", RECIPE + STEPS_RECIPE),
-        ("manual+lora", "none", "[P] [X] [Y]", RECIPE),
-        ("fine-tuning", "none", "[P] [X] [Y]", RECIPE),
-    ],
-)
-def test_results_of_shorter_steps_are_not_reused(
-    method: str, encoder: EncoderKind, template: str, recipe: int | None
-) -> None:
-    """Free and deep slots get further in a step than they did; results without some stay as they are."""
-    parts = as_questions([{"x": "a", "y": "b"}])
-    task = Task("a", parts, parts, Template.parse("[X] [Y]"), Template.parse(template), ("b",))
-    assert METHODS[method].recipe(task, TrainConfig(encoder=encoder)) == recipe

@@ -108,13 +108,13 @@ def test_only_slots_have_several_starts(
     method: str, starts: int, causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began: list[int] = []
-    real = Trainer.fit
+    real = Trainer.steps
 
-    def watch(trainer: Trainer, *args: Any, **options: Any) -> None:
+    def watch(trainer: Trainer, *args: Any, **options: Any) -> Any:
         began.append(trainer.config.seed)
-        real(trainer, *args, **options)
+        return real(trainer, *args, **options)
 
-    monkeypatch.setattr(Trainer, "fit", watch)
+    monkeypatch.setattr(Trainer, "steps", watch)
     fit(method, causal, QUICK.adapted(num_restarts=2))
     assert len(set(began)) == len(began) == starts
 

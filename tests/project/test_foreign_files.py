@@ -25,9 +25,9 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
 from ptuning.report.results_file import Cell
 from ptuning.report.write import write_report
+from ptuning.training.fleet import train_fleet
 from ptuning.training.run import train
 from ptuning.training.spec import FleetPrompt
-from ptuning.training.train_fleet import train_fleet
 from tests.conftest import learned
 
 ROWS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no")[index % 2]} for index in range(4)]

@@ -1,4 +1,4 @@
-"""The best weights so far, kept on disk beside a checkpoint."""
+"""Checkpoints: identities, damage, and the best weights of the backbone."""
 
 from __future__ import annotations
 
@@ -9,46 +9,62 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import trained_parameters, write_tensors
-from ptuning.errors import FileError, PromptError
-from ptuning.training.checkpoint import KeptWeights
+from ptuning.config import TrainConfig
+from ptuning.errors import FileError, PromptError, TrainingError
+from ptuning.files import Json
+from ptuning.training.checkpoint import BestWeights, check_identity, identity
 from tests.backbone.test_trained_weights import weights
 
+SETTINGS: dict[str, Json] = {**TrainConfig().to_json(), "device": "cpu"}
 
-def test_what_was_kept_is_put_back(backbone: Backbone, tmp_path: Path) -> None:
+
+def test_settings_that_change_no_result_are_left_out() -> None:
+    one = identity(SETTINGS, {"train": "a1"}, fingerprint="f0")
+    changed = {"device": "cuda", "checkpointing": True, "cache_memory": 0.0, "cache_disk": 1.0}
+    assert identity({**SETTINGS, **changed, "checkpoint_seconds": 1.0}, {"train": "a1"}, fingerprint="f0") == one
+    assert one["train data (sha256)"] == "a1"
+    assert identity(SETTINGS, {"train": "a1"}, fingerprint="f0", task_file="text") != one
+
+
+@pytest.mark.parametrize("change", [{"lora_rank": 9}, {"save_weights": "whole"}, {"seed": 1}])
+def test_every_other_setting_counts(change: dict[str, Json]) -> None:
+    now, saved = (identity({**SETTINGS, **more}, {}, fingerprint="f0") for more in (change, {}))
+    (name,) = change
+    with pytest.raises(TrainingError, match=f"from here: {name} was .* and is {change[name]}"):
+        check_identity(now, saved, where="here")
+
+
+def test_the_best_weights_are_restored(backbone: Backbone, tmp_path: Path) -> None:
     own = trained_parameters(backbone, "full")
     before = weights(backbone)
-    kept = KeptWeights(tmp_path)
+    best, other = BestWeights(tmp_path), BestWeights(tmp_path, start=1)
+    other.keep(own, epoch=0)
     for epoch in (0, 1):
-        kept.keep(own, epoch=epoch)
+        best.keep(own, epoch=epoch)
         with torch.no_grad():
             for weight in own.values():
                 weight.add_(1.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-0.safetensors", "best-1.safetensors"]
-    kept.restore(own, epoch=0)
+    best.restore(own, epoch=0)
     after = weights(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    kept.forget_others(epoch=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["best-1.safetensors"]
-    kept.close()
-    assert len(list(tmp_path.iterdir())) == 1
+    best.forget_others(epoch=1)
+    best.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-0-1.safetensors", "best-1-0.safetensors"]
 
 
-def test_without_a_folder_nothing_is_left_behind(
-    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_folder_nothing_is_left(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    kept = KeptWeights()
-    kept.keep(trained_parameters(causal, "full"), epoch=0)
+    best = BestWeights()
+    best.keep(trained_parameters(causal, "full"), epoch=0)
     assert len(list(tmp_path.iterdir())) == 1
-    kept.close()
+    best.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kept_weights_of_another_backbone(causal: Backbone, tmp_path: Path) -> None:
-    own = trained_parameters(causal, "full")
-    kept = KeptWeights(tmp_path)
-    write_tensors(tmp_path / "best-0.safetensors", {"x": torch.zeros(2)})
-    with pytest.raises(PromptError, match="holds the weights of another backbone"):
-        kept.restore(own, epoch=0)
-    with pytest.raises(FileError, match="cannot read"):
-        kept.restore(own, epoch=7)
+def test_best_weights_of_another_backbone(causal: Backbone, tmp_path: Path) -> None:
+    own, best = trained_parameters(causal, "full"), BestWeights(tmp_path)
+    write_tensors(tmp_path / "best-0-0.safetensors", {"x": torch.zeros(2)})
+    with pytest.raises(PromptError):
+        best.restore(own, epoch=0)
+    with pytest.raises(FileError):
+        best.restore(own, epoch=7)

@@ -18,10 +18,10 @@ from ptuning.errors import ConfigError, FileError
 from ptuning.progress import Interrupted, Progress
 from ptuning.records import Record
 from ptuning.training import tracking
+from ptuning.training.fleet import train_fleet
 from ptuning.training.run import train
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.tracking import CSV_FILE, TrainingLog
-from ptuning.training.train_fleet import train_fleet
 
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "good")[index % 3]} for index in range(11)]
 FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99, checkpoint_seconds=0.0).as_defaults()

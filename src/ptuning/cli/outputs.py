@@ -177,7 +177,7 @@ def _part_of(out: Path) -> Path:
 
 def _lines_left(path: Path, identity: Mapping[str, Json]) -> int:
     """Return the number of whole lines behind the first, and drop one that is not whole."""
-    from ptuning.training.identity import check_identity
+    from ptuning.training.checkpoint import check_identity
 
     head, *lines = read_bytes(path).split(b"\n")[:-1] or [b""]
     try:

@@ -18,7 +18,6 @@ from ptuning.names import RUN_FILE, STARTED_FILE
 from ptuning.records import Record, Records
 from ptuning.report.results_file import AnsweredRow, Cell, CellRecord, Status
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
-from ptuning.training.identity import RECIPE_NAME
 
 # The metrics of a task with labels and no task file.
 LABEL_METRICS = ("accuracy", "macro_f1")
@@ -163,8 +162,6 @@ def answered_rows(questions: Questions, answers: Sequence[Answer]) -> list[Answe
 def how_to_have_both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
     """Return how results with both settings come into one report, if nothing else differs."""
     changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if "encoder" in changed and RECIPE_NAME in changed:  # which follows from it
-        changed.remove(RECIPE_NAME)
     varied = set(TrainConfig.model_fields) - set(NOT_VARIED)
     if not varied.issuperset(changed):
         return ""

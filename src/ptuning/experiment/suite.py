@@ -19,6 +19,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
+from ptuning.engine.processes import processes
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import (
     CellEstimate,
@@ -36,8 +37,8 @@ from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer
 from ptuning.names import (
     CELL,
+    CHECKPOINT,
     COMPARISON,
-    FLEET_CHECKPOINT,
     FLEETS_FOLDER,
     PREDICTIONS_FILE,
     RANDOM_WEIGHTS,
@@ -50,9 +51,9 @@ from ptuning.names import (
 from ptuning.progress import Interrupted, OnProgress, Progress, named
 from ptuning.provenance import described, versions
 from ptuning.report.results_file import FORMAT_VERSION, Cell, read_answers
-from ptuning.training.identity import check_identity, identity
-from ptuning.training.run import TrainingRun
-from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
+from ptuning.training.checkpoint import check_identity, identity
+from ptuning.training.fleet import run_of
+from ptuning.training.run import TrainingRun, train_together
 from ptuning.workers.jobs import JOB_PROMPTS, Job, JobResult, JobRun, JobSet, job_lock, split_evenly
 from ptuning.workers.pool import WorkerConfig, run_jobs
 
@@ -158,7 +159,7 @@ class Suite(JobSet[CellResult]):
                     if units is None:
                         remove(self.out / FLEETS_FOLDER, COMPARISON.folders[FLEETS_FOLDER])
                     elif unit.checkpoint is not None:
-                        remove(self.out / unit.checkpoint, FLEET_CHECKPOINT)
+                        remove(self.out / unit.checkpoint, CHECKPOINT)
 
     def run(
         self,
@@ -199,7 +200,7 @@ class Suite(JobSet[CellResult]):
             if job.checkpoint is None:
                 results: Iterator[CellResult] = (self._load_or_run(cell, run) for cell in cells)
             else:
-                remove_stale(self.out / job.checkpoint, FLEET_CHECKPOINT)
+                remove_stale(self.out / job.checkpoint, CHECKPOINT)
                 results = self._run_together(cells, self.out / job.checkpoint, run)
             for result in results:
                 yield JobResult(result.cell.folder, result.error, result.seconds, result)
@@ -235,7 +236,7 @@ class Suite(JobSet[CellResult]):
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
         several = len(cells) * self.tries * self.config_of(cells[0]).num_restarts > 1
-        return self.methods[cells[0].method].prompts is not None and several and can_train_together()
+        return self.methods[cells[0].method].prompts is not None and several and processes().num_processes == 1
 
     def _run_together(self, cells: Sequence[Cell], place: Path, run: JobRun) -> Iterator[CellResult]:
         """Train the prompts of one method and seed together, and yield their cells in the order they finish."""
@@ -271,7 +272,7 @@ class Suite(JobSet[CellResult]):
             # For example too little memory, or a damaged checkpoint. One after another they may still succeed.
             logger.warning("training prompts at once failed: %s; going on one after another", error)
             logger.debug("the error in full", exc_info=error)
-            remove(place, FLEET_CHECKPOINT)
+            remove(place, CHECKPOINT)
             for cell in left:
                 self._report(run, cell)
                 yield self._run(cell, run)
@@ -284,8 +285,9 @@ class Suite(JobSet[CellResult]):
         failed: dict[Cell, PTuningError] = {}
         if not runs:
             return
-        for name, outcome in fleet_runs(
-            runs, checkpoint=place, resume=True, report=named(run.report, place.name), should_stop=run.should_stop
+        report = named(run.report, place.name)
+        for name, outcome in train_together(
+            runs, checkpoint=place, at_once=JOB_PROMPTS, resume=True, report=report, should_stop=run.should_stop
         ):
             cell = owners[name]
             waiting[cell].remove(name)
@@ -358,7 +360,6 @@ class Suite(JobSet[CellResult]):
             {**settings, "seed": cell.seed},
             {part: digest(data) for part, data in parts.items()},
             fingerprint=self.backbone.fingerprint,
-            recipe=method.recipe(task, self.config_of(cell)),
             task_file=task.file.text if task.file is not None else None,
         )
         found |= {

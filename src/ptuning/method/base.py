@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import (
-    RECIPE,
-    EncoderKind,
     Setting,
     TrainBackbone,
     TrainConfig,
@@ -30,7 +28,6 @@ from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.records import Record
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
-from ptuning.training.identity import recipe_of
 
 if TYPE_CHECKING:
     from ptuning.training.spec import FleetPrompt
@@ -158,8 +155,6 @@ class Method:
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         settings: Training settings in which it differs from the comparison's.
         fixed: Training settings that are its own whatever the comparison's are, or change nothing for it.
-        template: Returns the template that it trains on.
-        encoder: The prompt encoder, if it has one of its own.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
             many tasks beforehand.
     """
@@ -178,8 +173,6 @@ class Method:
     default_for: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     fixed: Collection[str] = ()
-    template: Callable[[Task], Template] | None = None
-    encoder: EncoderKind | None = None
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
 
     @property
@@ -192,12 +185,6 @@ class Method:
         """Whether a training setting of the comparison changes its result."""
         acts = acts_on(setting, self.facts)
         return self.trained and acts and setting not in self.fixed
-
-    def recipe(self, task: Task, config: TrainConfig) -> int | None:
-        """Return the version of the code that trains it on a task; None if nothing is trained."""
-        if not self.trained:
-            return None
-        return RECIPE if self.template is None else recipe_of(self.template(task), self.encoder or config.encoder)
 
     def varied(self, name: str, value: Setting) -> Method:
         """Return the method with another value of a setting; a ConfigError if it does not train with it."""

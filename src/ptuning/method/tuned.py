@@ -209,7 +209,6 @@ def _with_template(
         reads_manual=not learns_slots,
         labels_only=train_backbone == "head",
         default_for=default_for,
-        template=template,
         prompts=prompts if train_backbone == "none" else None,
     )
 
@@ -242,8 +241,6 @@ def _of_kind(kind: PromptKind, train_backbone: TrainBackbone = "none") -> Method
         reads_manual=not kind.learns_words,
         labels_only=train_backbone == "head",
         fixed=(*kind.settings, *(name for name in NEEDS if not acts_on(name, facts))),
-        template=template,
-        encoder=kind.settings.get("encoder"),
         prompts=prompts if train_backbone == "none" else None,
     )
 

@@ -3,5 +3,5 @@
 The description (``TrainSpec``), the prompt encoder, the optimizer step, the training loop with early stopping,
 checkpoints, one run, many runs at once (a fleet), and estimates. It must not know methods of a comparison.
 
-Read first: ``spec``, ``prepare``, ``optimizer``, ``step``, ``trainer``, ``checkpoint``, ``run``, ``train_fleet``.
+Read first: ``spec``, ``prepare``, ``optimizer``, ``step``, ``trainer``, ``checkpoint``, ``run``, ``fleet``.
 """

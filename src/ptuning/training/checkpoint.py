@@ -1,15 +1,14 @@
-"""Checkpoint of a training run: its state and tensors in one file, and the backbone's best weights beside it."""
+"""Checkpoints: the states and tensors of trainings in one file, the best backbone weights so far, and identities."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -18,17 +17,43 @@ from torch import Tensor
 
 from ptuning.backbone.trained_weights import PREFIX, read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
-from ptuning.files import Json, make_folder, parse_json
-from ptuning.names import BEST_FILE, CHECKPOINT, CHECKPOINT_FILE, delete, scan_folder
-from ptuning.training.identity import check_identity
+from ptuning.files import Json, make_folder, parse_json, sha256
+from ptuning.names import BEST_FILE, CHECKPOINT_FILE, delete
+
+# Settings that do not change the result, so that a training may be resumed with other values.
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "cache_disk", "checkpointing", "device")
+
+
+def identity(
+    settings: Mapping[str, Json], data: Mapping[str, Json], *, fingerprint: Json, task_file: str | None = None
+) -> dict[str, Json]:
+    """Return what must be equal for a training to be resumed, or for a finished result to be reused: settings, the
+    SHA-256 of each part of the data, the ``fingerprint`` of the backbone, and that of the text of the task file.
+    """
+    values: dict[str, Json] = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
+    values |= {f"{part} data (sha256)": digest for part, digest in data.items()}
+    if task_file is not None:
+        values["task file (sha256)"] = sha256(task_file.encode("utf-8"))
+    return {**values, "backbone fingerprint": fingerprint}
+
+
+def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where: str) -> None:
+    """Raise a TrainingError that shows what differs, unless a saved result may be resumed or reused now."""
+    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if names:
+        shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
+        raise TrainingError(
+            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with --overwrite or in "
+            "another folder"
+        )
 
 
 @dataclass
 class RunState:
-    """Where a run is. With the tensors this is the whole content of a checkpoint."""
+    """Progress of a training. With the tensors this is the whole content of a checkpoint."""
 
     epoch: int = 1
-    position: int = 0  # records of the current epoch's order that were used
+    position: int = 0  # records of the current epoch that were used
     step: int = 0
     epoch_loss_sum: float = 0.0
     epoch_loss_count: float = 0.0
@@ -39,47 +64,64 @@ class RunState:
     best_score: float = -1.0
     best_loss: float = math.inf
     best_value: float = -1.0  # of the metric that chooses, where it is not the score
-    start: dict[str, float] = dataclasses.field(default_factory=dict)
-    history: list[dict[str, float | int]] = dataclasses.field(default_factory=list)
-    lost: list[list[dict[str, float | int]]] = dataclasses.field(default_factory=list)  # histories before each restart
+    start: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float | int]] = field(default_factory=list)
+    diverged: list[list[dict[str, float | int]]] = field(default_factory=list)  # histories before each restart
     first_step: int = 0  # of the history
     done: bool = False
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the epochs so far made nothing better: not what they are chosen by, and neither on the development
-        part nor on what they learned from was the loss ever below that of the start. Overfitting is something else.
+    def has_diverged(self) -> bool:
+        """Whether no epoch improved on the initialization, neither in what chooses nor in any loss. With overfitting,
+        the training loss falls.
         """
         losses = [epoch[name] for epoch in self.history for name in ("dev_loss", "train_loss")]
         return self.chosen_epoch == 0 and bool(losses) and min(losses) > self.start["dev_loss"]
 
     @property
-    def share(self) -> float:
-        """The share of the peak learning rates that restarts have left."""
-        return float(0.5 ** len(self.lost))
+    def rate_factor(self) -> float:
+        """Factor of the peak learning rates; each restart halves it."""
+        return float(0.5 ** len(self.diverged))
 
-    def start_anew(self) -> None:
+    def restart(self) -> None:
         """Go back to the first epoch, with half the learning rates."""
-        self.lost.append(self.history)
+        self.diverged.append(self.history)
         self.history, self.first_step, self.epoch, self.done = [], self.step, 1, False
 
 
-def write_checkpoint(
-    folder: Path, state: RunState, tensors: Mapping[str, Tensor], *, identity: Mapping[str, Json]
-) -> None:
-    """Write a checkpoint; it replaces an earlier one atomically.
+@dataclass(frozen=True)
+class Snapshot:
+    """One training in a checkpoint; it is resumed only by one with an equal identity."""
 
-    ``tensors`` are weights, optimizer states and the best vectors. A run is resumed only if its ``identity`` is equal.
+    state: RunState
+    tensors: Mapping[str, Tensor]
+    identity: Mapping[str, Json]
 
-    Raises:
-        FileError: If it cannot be written.
-    """
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    texts = {"state": json.dumps(dataclasses.asdict(state)), "identity": json.dumps(identity, ensure_ascii=False)}
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Trainings by name at one moment, and the names of those whose results are written."""
+
+    trainings: Mapping[str, Snapshot] = field(default_factory=dict)
+    finished: Iterable[str] = ()
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; it replaces an earlier one atomically. A FileError if it cannot be written."""
+    tensors = {
+        f"{number}.{name}": value.detach().cpu().contiguous()
+        for number, training in enumerate(checkpoint.trainings.values())
+        for name, value in training.tensors.items()
+    }
+    trainings = [
+        {"name": name, "identity": training.identity, "state": asdict(training.state)}
+        for name, training in checkpoint.trainings.items()
+    ]
+    text = json.dumps({"trainings": trainings, "finished": list(checkpoint.finished)}, ensure_ascii=False)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
     try:
-        write_tensors(folder / CHECKPOINT_FILE, plain, texts={**texts, "sha256": _digest(plain, texts)})
+        write_tensors(folder / CHECKPOINT_FILE, tensors, texts={"state": text, "sha256": _digest(tensors, text)})
     except FileError:
         # A first checkpoint that does not fit on the disk must not leave a folder, which would stop the next attempt.
         for path in missing:
@@ -88,13 +130,8 @@ def write_checkpoint(
         raise
 
 
-def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunState, dict[str, Tensor]] | None:
-    """Read a checkpoint; None if there is none.
-
-    Raises:
-        FileError: If it cannot be read.
-        TrainingError: If it is damaged, or belongs to a run with other settings, data or backbone (says which).
-    """
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read a checkpoint; None if there is none. A TrainingError if it is damaged."""
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         return None
@@ -102,14 +139,17 @@ def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunS
         tensors = read_tensors(path)
         with safetensors.safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
-        texts = {name: metadata[name] for name in ("state", "identity")}
-        state, saved = RunState(**parse_json(texts["state"])), parse_json(texts["identity"])
-        if metadata["sha256"] != _digest(tensors, texts):
+        text = metadata["state"]
+        if metadata["sha256"] != _digest(tensors, text):
             raise ValueError("its sha256 is not the one it was written with")
-    except (PromptError, KeyError, TypeError, ValueError) as error:
+        content = parse_json(text)
+        trainings = {
+            one["name"]: Snapshot(RunState(**one["state"]), with_prefix(f"{number}.", tensors), one["identity"])
+            for number, one in enumerate(content["trainings"])
+        }
+        return Checkpoint(trainings, content["finished"])
+    except (PromptError, LookupError, TypeError, ValueError) as error:
         raise damaged(folder, error) from error
-    check_identity(identity, saved, where=str(folder))
-    return state, tensors
 
 
 def damaged(folder: Path, error: Exception) -> TrainingError:
@@ -117,36 +157,44 @@ def damaged(folder: Path, error: Exception) -> TrainingError:
     return TrainingError(f"the checkpoint {folder / CHECKPOINT_FILE} is damaged ({error}); start anew with --overwrite")
 
 
-def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names have a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-class KeptWeights:
-    """The best weights of the backbone so far, on disk, since a further copy in memory would limit the backbone's size.
+class BestWeights:
+    """Weights of the backbone at the best epoch so far, on disk: another copy in memory would limit the model's size.
 
     Args:
-        folder: Their folder, beside a checkpoint that names their epoch; by default a temporary one.
+        folder: That of the checkpoint, which names the epoch; by default a temporary one.
+        start: Number of the restart that they belong to.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX) if folder is None else None
-        self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
+    def __init__(self, folder: Path | None = None, *, start: int = 0) -> None:
+        self._folder, self._start = folder, start
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Write the weights of an epoch beside those of earlier epochs."""
+        """Write the weights of an epoch next to those of earlier ones."""
+        if self._folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX)
+            self._folder = Path(self._temporary.name)
         make_folder(self._folder)
         plain = {name: weight.detach() for name, weight in weights.items()}
         write_tensors(self._file(epoch), plain, texts={"epoch": str(epoch)})
 
     def forget_others(self, *, epoch: int) -> None:
         """Remove the weights of all other epochs, once no checkpoint names them."""
-        first = BEST_FILE.partition("{")[0]
-        ours = (path for path in scan_folder(self._folder, CHECKPOINT).ours if path.parent == self._folder)
-        delete(path for path in ours if path.name.startswith(first) and path != self._file(epoch))
+        own = self._file(epoch)
+        delete(path for path in own.parent.glob(BEST_FILE.format(start=self._start, epoch="*")) if path != own)
 
     def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
         """Load the weights of an epoch; raise a PromptError if their file is damaged or of another backbone."""
@@ -161,6 +209,8 @@ class KeptWeights:
         """Remove the temporary folder, if there is one."""
         if self._temporary is not None:
             self._temporary.cleanup()
+            self._folder = self._temporary = None
 
     def _file(self, epoch: int) -> Path:
-        return self._folder / BEST_FILE.format(epoch=epoch)
+        assert self._folder is not None, "no weights were kept"
+        return self._folder / BEST_FILE.format(start=self._start, epoch=epoch)

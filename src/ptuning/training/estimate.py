@@ -26,7 +26,7 @@ from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Rows
 from ptuning.template.language import Template
-from ptuning.training.checkpoint import RunState, write_checkpoint
+from ptuning.training.checkpoint import Checkpoint, RunState, Snapshot, write_checkpoint
 from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
@@ -296,9 +296,9 @@ class _Trial:
 
     def time_saving(self) -> tuple[float, float]:
         """Return the seconds of writing a checkpoint, with both moments, and the backbone's best weights."""
-        written = {"zeros": torch.zeros(WRITTEN_BYTES // 4)}
+        trial = Checkpoint({"": Snapshot(RunState(), {"zeros": torch.zeros(WRITTEN_BYTES // 4)}, {})})
         with tempfile.TemporaryDirectory(prefix="ptuning-estimate-") as folder:
-            byte = timed(lambda: write_checkpoint(Path(folder), RunState(), written, identity={})) / WRITTEN_BYTES
+            byte = timed(lambda: write_checkpoint(Path(folder), trial)) / WRITTEN_BYTES
         self._tell("disk")
         return byte * 3 * tensor_bytes(self.learner.parameters()), byte * tensor_bytes(self.learner.weights.values())
 

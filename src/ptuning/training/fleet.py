@@ -1,328 +1,290 @@
-"""Scheduler of a fleet: trains many prompts together on one frozen backbone, and resumes after an interruption."""
+"""Many prompts from data to files: a folder for each, as it would get alone, and ``fleet.json`` that lists them."""
 
 from __future__ import annotations
 
-import itertools
-import logging
+import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.memory import total_bytes
-from ptuning.engine.objective import ScoringRequest
-from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import this_writes, wait_for_all
-from ptuning.errors import ConfigError, FileError, PTuningError, TrainingError
-from ptuning.files import Unchecked, make_folder, read_json, write_json
-from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
-from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.template.encode import Example
-from ptuning.training.encoders.together import copied_bytes
-from ptuning.training.step import Step, take_steps
-from ptuning.training.trainer import SAVING_PAUSE, Trainer
+from ptuning.errors import ConfigError, PTuningError, TrainingError
+from ptuning.files import Json, write_json
+from ptuning.names import (
+    CHECKPOINT,
+    CHECKPOINT_FOLDER,
+    FLEET_FILE,
+    LOG_FOLDER,
+    check_writable,
+    fleet_layout,
+    is_folder_name,
+    remove,
+    remove_stale,
+)
+from ptuning.progress import OnProgress, Progress
+from ptuning.provenance import versions
+from ptuning.training.prepare import prepare
+from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult, train_together
+from ptuning.training.spec import FleetPrompt
+from ptuning.workers.jobs import JOB_PROMPTS, Job, JobResult, JobRun, JobSet, WorkPart, job_lock, split_evenly
+from ptuning.workers.pool import WorkerConfig, run_jobs
 
-logger = logging.getLogger(__name__)
 
-# Most prompts that train at the same time; each has an encoder and an optimizer in memory.
-AT_ONCE = 16
-# Share of the device's memory for encoders and optimizer states, so that those of wide backbones do not fill it.
-STATE_SHARE = 0.25
-# Each weight has a gradient and two moments beside it, all float32.
-BYTES_PER_WEIGHT = 16
+def run_of(
+    prompt: FleetPrompt,
+    backbone: Backbone,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> TrainingRun:
+    """Return the run of a prompt, checked; arguments as of :func:`ptuning.train`. An error names the prompt."""
+    try:
+        prepared = prepare(prompt, backbone)
+        return TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, command=command)
+    except PTuningError as error:
+        raise type(error)(f"prompt '{prompt.name}': {error}") from error
 
 
 @dataclass(frozen=True)
-class Member:
-    """A prompt to be trained: at most ``epochs`` passes over ``train``; the best one on ``dev`` is chosen.
+class FleetResult:
+    """Results by name, in the order of the prompts, errors by name, and the content of ``fleet.json``."""
 
-    ``make`` returns its trainer, which uses the given KV cache.
-    """
-
-    name: str
-    make: Callable[[PrefixCache], Trainer]
-    train: Sequence[ScoringRequest]
-    dev: Sequence[ScoringRequest]
-    epochs: int
+    results: Mapping[str, TrainResult]
+    failed: Mapping[str, str]
+    record: Mapping[str, Json]
 
 
-@dataclass(eq=False)
-class _Live:
-    member: Member
-    trainer: Trainer
-    course: Iterator[Step]
-    step: Step | None = None
+def train_fleet(
+    prompts: Sequence[FleetPrompt],
+    *,
+    backbone: Backbone,
+    out: str | Path | None = None,
+    at_once: int = JOB_PROMPTS,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
+    part: WorkPart | str | None = None,
+    workers: WorkerConfig | int | None = None,
+    command: str | None = None,
+) -> FleetResult:
+    """Train many prompts together on one frozen backbone, with different data, templates, seeds, settings or encoders.
 
-
-@dataclass
-class _State:
-    """Contents of the checkpoint: name -> folder of each prompt in training, in order; names of those done."""
-
-    live: dict[str, str] = field(default_factory=dict)
-    finished: list[str] = field(default_factory=list)
-
-
-class Fleet:
-    """Prompts that train together. Their rows share passes; each prompt has its own encoder, optimizer, data order and
-    development part. When a prompt finishes, the next one starts.
-
-    Which prompts train together decides how sums are rounded. So a checkpoint holds all of them at one moment, and a
-    resumed fleet continues with the same prompts. Those that finished after that moment finish again, with the same
-    result.
+    Each prompt gets the result that it would get alone, up to rounding: prompts share passes, and nothing else. More
+    than 16 (or ``at_once``) are cut into several fleets of about equal size, one after another.
 
     Args:
-        at_once: Most prompts that train at the same time.
-        memory_share, disk_bytes: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
-        checkpoint: Folder of the checkpoint; None writes none.
-        checkpoint_seconds: Time between checkpoints, which take at most a twentieth of the time.
+        prompts: The prompts, in the order in which they start.
+        backbone: From :func:`ptuning.load_backbone`; it does not change.
+        out: Folder with a folder for each prompt; without it nothing is written.
+        at_once: Maximum number of prompts that train at the same time.
+        resume: Continue from the checkpoint in ``out``; finished prompts are not trained again.
+        overwrite: Replace an earlier fleet in ``out``.
+        report: Called with progress.
+        should_stop: Called after every step.
+        on_prompt: Called with each prompt that has ended.
+        part: Train only this part of the fleets, such as ``1/4``, and write no ``fleet.json``. Parts may run at the
+            same time; the whole with ``resume`` then collects all.
+        workers: Train the fleets in several processes: their number on this machine (1 is none), or how to run them.
+        command: The command line, for the record.
 
     Raises:
-        ConfigError: If two prompts have the same name, or ``at_once`` is below 1.
+        PTuningError: Of the stage at fault; before training starts, with nothing written.
+        Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
+    began, folder = time.monotonic(), Path(out) if out is not None else None
+    part, pool = WorkPart.parse(part) if isinstance(part, str) else part, WorkerConfig.of(workers)
+    if pool is not None and folder is None:
+        raise ConfigError("workers need a folder for the prompts (out)")
+    if pool is not None:
+        pool.check()
+    _check(prompts, folder, at_once=at_once, replaces=overwrite or part is not None, resume=resume)
+    jobs = fleet_jobs(prompts, at_once=at_once)
+    jobs = jobs if part is None else part.share(jobs)
+    fleet = FleetJobs(prompts, folder, backbone, at_once=at_once, resume=resume, overwrite=overwrite, command=command)
+    runs = fleet.runs = fleet.prepared(jobs)
+    wait_for_all()  # all have looked at the folder
+    if folder is not None and part is None and this_writes():
+        # Left by a killed process; and unless they resume, checkpoints of other fleets.
+        layout = fleet_layout(())
+        remove_stale(folder, replace(layout, folders={}))
+        for entry in () if resume or not folder.is_dir() else sorted(folder.iterdir()):
+            if layout.folder(entry.name) is not None:
+                remove(entry, CHECKPOINT)
+    if not resume:
+        for run in runs.values():
+            run.clear()
+        for job in jobs if folder is not None and this_writes() else ():
+            remove(fleet.out / str(job.checkpoint), CHECKPOINT)
+    results, failed = dict[str, TrainResult](), dict[str, str]()
+    for ended in run_jobs(fleet, JobRun(jobs, report, should_stop), pool):
+        name, outcome = ended.folder, ended.value
+        assert outcome is not None
+        if isinstance(outcome, TrainResult):
+            results[name] = outcome
+        else:
+            failed[name] = str(outcome)
+        if on_prompt is not None:
+            on_prompt(name, outcome)
+    results = {name: results[name] for name in runs if name in results}
+    record: dict[str, Json] = {
+        "format_version": FORMAT_VERSION,
+        "command": command,
+        "versions": dict(versions()),
+        "backbone": backbone.to_json(),
+        "at_once": at_once,
+        "seconds": time.monotonic() - began,
+        "prompts": [_row(name, results.get(name), failed.get(name)) for name in runs],
+    }
+    if folder is not None and part is None and this_writes():
+        write_json(folder / FLEET_FILE, record)
+    return FleetResult(results, failed, record)
+
+
+def fleet_jobs(prompts: Sequence[FleetPrompt], *, at_once: int = JOB_PROMPTS) -> list[Job]:
+    """Return the prompts, split into those that train together. It depends on the prompts and on ``at_once`` alone."""
+    weights = [prompt.settings.num_restarts for prompt in prompts]
+    names = [prompt.name for prompt in prompts]
+    groups = split_evenly(names, weights, max(JOB_PROMPTS, at_once)) if prompts else []
+    return [
+        Job(f"fleet {number}", tuple(group), CHECKPOINT_FOLDER + (f"-{number}" if number > 1 else ""))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+class FleetJobs(JobSet["TrainResult | PTuningError"]):
+    """The fleets of one call. A worker prepares the prompts itself (``runs`` is None there), and always resumes: what
+    was to be replaced was removed before.
+    """
+
+    summary = FLEET_FILE
+    forwards_progress = False
 
     def __init__(
         self,
+        prompts: Sequence[FleetPrompt],
+        folder: Path | None,
         backbone: Backbone,
-        members: Sequence[Member],
         *,
-        at_once: int = AT_ONCE,
-        memory_share: float,
-        disk_bytes: int = 0,
-        checkpoint: Path | None = None,
-        checkpoint_seconds: float,
+        at_once: int,
+        resume: bool,
+        overwrite: bool,
+        command: str | None,
     ) -> None:
-        if at_once < 1:
-            raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
-        self.members = {member.name: member for member in members}
-        if len(self.members) < len(members):
-            raise ConfigError("two prompts of a fleet have the same name")
-        self.backbone = backbone
-        self.at_once = at_once
-        self.checkpoint = checkpoint
-        self._cache_room = memory_share, disk_bytes
-        self._pause = checkpoint_seconds
-        self._saved_at, self._saving_seconds = time.monotonic(), 0.0
-        self._live: list[_Live] = []
-        self._ended: dict[str, Trainer] = {}  # finished, but their results are not yet written
-        self._finished: list[str] = []
+        self.prompts, self.folder, self.out, self.backbone = prompts, folder, folder or Path(), backbone
+        self.at_once, self.resume, self.overwrite, self.command = at_once, resume, overwrite, command
+        self.runs: Mapping[str, TrainingRun] | None = None
 
-    def resume(self) -> list[str] | None:
-        """Return the names of the prompts that the checkpoint lists as done; None if there is none.
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "runs": None, "resume": True, "overwrite": False}
 
-        Raises:
-            TrainingError: If it is damaged.
-        """
-        state = self._read()
-        return None if state is None else [name for name in state.finished if name in self.members]
+    def prepared(self, jobs: Sequence[Job]) -> dict[str, TrainingRun]:
+        """Return name -> run of the prompts of jobs, all of them checked before anything is written."""
+        names = {name for job in jobs for name in job.folders}
+        runs = {}
+        for prompt in (prompt for prompt in self.prompts if prompt.name in names):
+            has_folder = self.folder is not None
+            runs[prompt.name] = run_of(
+                prompt,
+                self.backbone,
+                out=self.out / prompt.name if has_folder else None,
+                resume=self.resume and has_folder,
+                overwrite=self.overwrite,
+                command=self.command,
+            )
+        for name, run in runs.items():
+            if run.config.train_backbone != "none":
+                raise ConfigError(
+                    f"prompt '{name}': train_backbone is {run.config.train_backbone}, and prompts of a fleet share one "
+                    "frozen backbone; train it alone"
+                )
+        return runs
 
-    def release(self, name: str) -> None:
-        """Mark a prompt as done: its result is written, and it is not trained again."""
-        self._ended.pop(name, None)
-        self._finished.append(name)
+    def run_job(self, job: Job, run: JobRun) -> Iterator[JobResult[TrainResult | PTuningError]]:
+        """Train the prompts of a job together, or what is left of them, and yield each one that has ended."""
+        in_worker = self.runs is None
 
-    def run(
-        self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
-    ) -> Iterator[tuple[str, Trainer | TrainingError]]:
-        """Train, from the start or from the checkpoint, and yield each prompt that ends: its trainer, or its error.
+        def waiting() -> None:
+            if not in_worker:
+                raise TrainingError(
+                    f"another process trains prompts in {self.out}; wait for its end, and go on with --resume"
+                )
+            run.check_stop()
 
-        Prompts that were released are skipped. ``should_stop`` is asked after every step, and after every pass that
-        fills the KV cache.
+        checkpoint = self.out / str(job.checkpoint) if self.folder is not None else None
+        with job_lock(self.out, job, waiting) if self.folder is not None else contextlib.nullcontext():
+            if in_worker:
+                _check(self.prompts, self.out, at_once=self.at_once, replaces=True, resume=True)
+            runs = self.runs or self.prepared([job])
+            if checkpoint is not None and this_writes():
+                remove_stale(checkpoint, CHECKPOINT)
+            more: dict[str, Json] = {} if self.worker is None else {"worker": self.worker}
+            for name, outcome in train_together(
+                {name: runs[name] for name in job.folders},
+                checkpoint=checkpoint,
+                at_once=self.at_once,
+                resume=self.resume,
+                report=run.report,
+                should_stop=run.should_stop,
+                more=more | {"fleet": {"prompts": len(job.folders), "at_once": self.at_once}},
+            ):
+                error = str(outcome) if isinstance(outcome, PTuningError) else None
+                yield JobResult(name, error, value=outcome)
 
-        Raises:
-            Interrupted: If ``should_stop`` returned true; a checkpoint was written.
-            TrainingError: If several processes train, or the checkpoint is of other settings.
-        """
-        state = self._read() or _State()
-        wait_for_all()  # all have read it
-        order = [name for name in (*state.live, *self.members) if name in self.members and name not in self._finished]
-        waiting = deque(self.members[name] for name in dict.fromkeys(order))
-        folders = {name: self._folder / folder for name, folder in state.live.items()} if self.checkpoint else {}
-        work = _Work(sum(map(_records, waiting)))
-        if self.checkpoint is not None and not state.live:
-            self._save({})
-        share, disk = self._cache_room
-        with PrefixCache(self.backbone, memory_share=share, disk_bytes=disk) as prefix_cache:
-            while waiting or self._live:
-                while waiting and self._has_room(goes_on=waiting[0].name in folders):
-                    one = self._begin(waiting.popleft(), prefix_cache, folders, report, should_stop)
-                    try:
-                        yield from self._go_on([one], {}, work)
-                    except Interrupted:  # before its first step: it starts anew when resumed
-                        self._between({}, lambda: True)
-                if not self._live:
-                    continue
-                failed = self._take_steps()
-                self._between(failed, should_stop)
-                if report is not None:
-                    for progress in self._progress(work, failed):
-                        report(progress)
-                before = len(self._live)
-                yield from self._go_on(self._live, failed, work)
-                if prefix_cache.is_used and len(self._live) < before:
-                    prefix_cache.keep_only(row for one in self._live for row in _rows(one.member))
-        if self.checkpoint is not None and this_writes():
-            remove(self.checkpoint, FLEET_CHECKPOINT)
+    def load(self, folder: str) -> TrainResult | None:
+        """Return the result of a prompt that was finished before."""
+        return self.runs[folder].finished if self.runs is not None else None
 
-    def _take_steps(self) -> dict[Trainer, TrainingError]:
-        """Take the next step of every prompt in training; return the errors of those that failed."""
-        failed: dict[Trainer, TrainingError] = {}
-        steps = [one.step for one in self._live if one.step is not None]
-        for one, step, outcome in zip(self._live, steps, take_steps(steps), strict=True):
-            if isinstance(outcome, TrainingError):
-                failed[one.trainer] = outcome
-            else:
-                one.trainer.count(step, outcome)
-        return failed
+    def collect(self, result: JobResult[Any]) -> TrainResult | PTuningError:
+        """Return the result of a prompt that a worker has trained."""
+        if result.error is not None:
+            return TrainingError(result.error)
+        prompt = next(prompt for prompt in self.prompts if prompt.name == result.folder)
+        folder = self.out / result.folder
+        trained = run_of(prompt, self.backbone, out=folder, resume=True).finished
+        return trained or TrainingError(f"the files in {folder} cannot be read")
 
-    def _has_room(self, *, goes_on: bool) -> bool:
-        """Whether one more prompt may start. A prompt of the checkpoint always may, and the device's total memory
-        counts, not the free one, so that a resumed fleet decides in the same way.
-        """
-        if not self._live or goes_on:
-            return True
-        device = self.backbone.device
-        largest = max(
-            one.trainer.learner.trainable_parameters
-            * (BYTES_PER_WEIGHT + copied_bytes(one.trainer.learner.encoder, device))
-            for one in self._live
-        )
-        fits = (len(self._live) + 1) * largest <= STATE_SHARE * total_bytes(device)
-        return fits and len(self._live) < self.at_once
-
-    def _begin(
-        self,
-        member: Member,
-        prefix_cache: PrefixCache,
-        folders: dict[str, Path],
-        report: OnProgress | None,
-        should_stop: Callable[[], bool] | None,
-    ) -> _Live:
-        trainer = member.make(prefix_cache)
-        if trainer.learner.ranks.size > 1:
-            raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
-        if member.name in folders and not trainer.load_from(folders[member.name]):
-            raise TrainingError(f"the checkpoint {folders[member.name]} is gone; start anew with --overwrite")
-
-        def told(progress: Progress) -> None:
-            if report is not None:
-                report(replace(progress, note=f"{member.name}: {progress.note}", name=member.name))
-
-        return _Live(member, trainer, trainer.steps(member.train, member.dev, report=told, should_stop=should_stop))
-
-    def _go_on(
-        self, ones: Sequence[_Live], failed: Mapping[Trainer, TrainingError], work: _Work
-    ) -> Iterator[tuple[str, Trainer | TrainingError]]:
-        still: list[_Live] = [one for one in self._live if one not in ones]
-        ended: list[tuple[str, Trainer | TrainingError]] = []
-        for one in ones:
-            outcome = failed.get(one.trainer) or _advance(one)
-            if outcome is None:
-                still.append(one)
-                continue
-            work.ended += _records(one.member)
-            ended.append((one.member.name, outcome))
-            if isinstance(outcome, Trainer):
-                self._ended[one.member.name] = outcome
-        self._live = still
-        yield from ended
-
-    def _between(self, failed: Mapping[Trainer, TrainingError], should_stop: Callable[[], bool] | None) -> None:
-        """Write a checkpoint if it is due or training is to stop; then stop."""
-        stops = should_stop is not None and should_stop()
-        pause = max(self._pause, SAVING_PAUSE * self._saving_seconds)
-        if self.checkpoint is not None and (stops or time.monotonic() - self._saved_at > pause):
-            going = {one.member.name: one.trainer for one in self._live if one.trainer not in failed}
-            self._save({**self._ended, **going})
-        if stops:
-            done, everything = len(self._finished), len(self.members)
-            raise Interrupted(f"stopped with {done} of {everything} prompts done and {len(self._live)} in training")
-
-    def _progress(self, work: _Work, failed: Collection[Trainer]) -> Iterator[Progress]:
-        """Yield the progress of the fleet, once with the numbers of each prompt that took a step."""
-        done = work.ended + sum(
-            (one.trainer.state.epoch - 1) * len(one.member.train) + one.trainer.state.position for one in self._live
-        )
-        note = f"{len(self._finished)} of {len(self.members)} prompts done, {len(self._live)} in training"
-        for one in self._live:
-            if one.trainer not in failed:
-                yield Progress("train", done, work.total, note, one.member.name, one.trainer.numbers)
-
-    @property
-    def _folder(self) -> Path:
-        assert self.checkpoint is not None
-        return self.checkpoint
-
-    def _read(self) -> _State | None:
-        if self.checkpoint is None or not (self.checkpoint / STATE_FILE).is_file():
-            return None
-        try:
-            saved = Unchecked(read_json(self.checkpoint / STATE_FILE))
-            live = {name: one.text() for name, one in saved.at("live").table().items()}
-            return _State(live, saved.at("finished").texts())
-        except PTuningError as error:
-            raise TrainingError(
-                f"the checkpoint {self.checkpoint / STATE_FILE} is damaged ({error}); start anew with --overwrite"
-            ) from error
-
-    def _save(self, trainers: Mapping[str, Trainer]) -> None:
-        """Write a checkpoint of all prompts: their files first, then the state file that makes them count.
-
-        If it cannot be written, training goes on, the checkpoint before stays, and the next one is tried when it is
-        due. Trained in another way, the prompts would be rounded in another way.
-        """
-        began = time.monotonic()
-        if not this_writes():
-            self._saved_at = began
-            return
-        try:
-            self._write(self._save_all(trainers))
-        except FileError as error:
-            logger.warning("no checkpoint was written, and training goes on: %s", error)
-        self._saved_at = time.monotonic()
-        self._saving_seconds = self._saved_at - began
-
-    def _save_all(self, trainers: Mapping[str, Trainer]) -> dict[str, str]:
-        """Write the files of trainers into a new folder; return the folder of each."""
-        taken = {entry.name for entry in self._folder.iterdir()} if self._folder.is_dir() else set()
-        place = next(name for name in map("at-{}".format, itertools.count()) if name not in taken)
-        folders = {name: f"{place}/{number}" for number, name in enumerate(trainers)}
-        for name, trainer in trainers.items():
-            trainer.save_to(self._folder / folders[name])
-        return folders
-
-    def _write(self, folders: Mapping[str, str]) -> None:
-        make_folder(self._folder)
-        write_json(self._folder / STATE_FILE, {"live": dict(folders), "finished": list(self._finished)})
-        kept = {folder.partition("/")[0] for folder in folders.values()}
-        for entry in self._folder.iterdir():
-            layout = FLEET_CHECKPOINT.folder(entry.name)
-            if layout is not None and entry.name not in kept:
-                remove(entry, layout)
+    def report_status(self, run: JobRun, status: str) -> None:
+        """Report what the workers do just now."""
+        if run.report is not None:
+            note = f"{len(run.done)} of {run.total} prompts done; {status}"
+            run.report(Progress("train", len(run.done), run.total, note))
 
 
-@dataclass
-class _Work:
-    """Records that are read in all, and those of prompts that have ended."""
+def _check(prompts: Sequence[FleetPrompt], folder: Path | None, *, at_once: int, replaces: bool, resume: bool) -> None:
+    """Check names and the folder of a fleet; ``replaces``: whether anything of ours may be in the folder."""
+    if not prompts:
+        raise ConfigError("the fleet has no prompts")
+    if at_once < 1:
+        raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
+    names: list[str] = []
+    for name in (prompt.name for prompt in prompts):
+        if name in names:
+            raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
+        if not is_folder_name(name) or name in (LOG_FOLDER, FLEET_FILE) or fleet_layout(()).folder(name) is not None:
+            raise ConfigError(
+                f"'{name}' is not a name for a prompt: it becomes a folder; use letters, digits and - _ . + ="
+            )
+        names.append(name)
+    if folder is not None:
+        check_writable(folder, fleet_layout(names), overwrite=replaces, resume=resume)
 
-    total: int
-    ended: int = 0
 
-
-def _rows(member: Member) -> Iterator[Example]:
-    return (example for item in (*member.train, *member.dev) for example in item.inputs)
-
-
-def _records(member: Member) -> int:
-    return member.epochs * len(member.train)
-
-
-def _advance(one: _Live) -> Trainer | TrainingError | None:
-    try:
-        one.step = next(one.course)
-    except StopIteration:
-        return one.trainer
-    except TrainingError as error:
-        return error
-    return None
+def _row(name: str, result: TrainResult | None, error: str | None) -> dict[str, Json]:
+    if result is None:
+        return {"name": name, "status": "failed", "error": error}
+    record = result.record
+    return {
+        "name": name,
+        "status": "done",
+        "run": name if result.folder is not None else None,
+        "scores": dict(result.prompt.scores),
+        "chosen_epoch": record["chosen_epoch"],
+        "train_seconds": record["train_seconds"],
+    }

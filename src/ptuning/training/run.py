@@ -1,12 +1,14 @@
-"""One training run, from data to files: ``prompt/``, ``run.json`` and ``predictions.jsonl``."""
+"""Training runs, from data to files: ``prompt/``, ``run.json`` and ``predictions.jsonl`` of each."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -18,21 +20,24 @@ from ptuning.data.sources import Source
 from ptuning.data.splits import draw_records
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.evaluate import evaluate, measure_ceiling
-from ptuning.engine.objective import STOP_WEIGHT, ScoringRequest, stop_weight
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import this_writes, wait_for_all
-from ptuning.engine.soft_prompt import DeepParams, PromptBatch
-from ptuning.errors import ConfigError
-from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
+from ptuning.engine.soft_prompt import PromptBatch
+from ptuning.errors import ConfigError, PTuningError
+from ptuning.files import FileModel, Json, check_room, make_folder, read_json, validate, write_json, write_json_lines
 from ptuning.names import (
     CHECKPOINT,
     CHECKPOINT_FOLDER,
     PREDICTIONS_FILE,
     PROMPT_FOLDER,
+    RUN,
     RUN_FILE,
+    check_writable,
+    clear,
     remove,
+    remove_stale,
 )
-from ptuning.progress import OnProgress, named
+from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.rows import MORE_TOKENS
@@ -42,27 +47,57 @@ from ptuning.prompt.storage import BackboneId
 from ptuning.provenance import described, versions
 from ptuning.statistics import Score, score
 from ptuning.template.language import Template
-from ptuning.training.identity import identity_of_run, recipe_of
+from ptuning.training.checkpoint import check_identity, identity, read_checkpoint
 from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import Prepared, prepare
-from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.spec import TrainSpec
-from ptuning.training.trainer import Judge, Trainer
+from ptuning.training.trainer import Judge, Member, Trainer, TrainingLoop
 
 FORMAT_VERSION = 1
-# Development records that texts are written for after each epoch: it takes longer than to score given ones.
+# Development records that texts are generated for after each epoch: it takes longer than to score given ones.
 JUDGED_RECORDS = 64
-# Room for the prompt, the record and the predictions, besides the checkpoint.
+# Disk space for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run leaves: the chosen prompt, the content of ``run.json``, and the folder, if there is one."""
+    """Result of a training run: the chosen prompt, the content of ``run.json``, and the folder, if there is one."""
 
     prompt: Prompt
     record: Mapping[str, Json]
     folder: Path | None
+
+
+class _Epoch(FileModel):
+    dev_loss: float
+    dev_score: float
+
+
+class _HistoryRow(_Epoch):
+    epoch: int
+    train_loss: float
+
+
+class _Part(FileModel):
+    rows: int
+    name: str
+
+
+class RunRecord(FileModel):
+    """Keys of ``run.json`` that a resumed command reads from a finished run."""
+
+    identity: dict[str, Any]
+    start: _Epoch
+    history: tuple[_HistoryRow, ...]
+    chosen_epoch: int
+    choice_rule: str
+    dev_score: Score
+    trainable_parameters: int
+    frozen_parameters: int
+    train_backbone: str
+    train_seconds: float
+    data: dict[str, _Part | None]
 
 
 def train(
@@ -140,25 +175,12 @@ def train(
     if resume and overwrite:
         raise ConfigError("resume goes on with the earlier run that overwrite would replace; leave one out")
     spec = TrainSpec(
-        template,
-        data,
-        dev,
-        config,
-        labels,
-        alias_label,
-        strict,
-        task,
-        calibrate,
-        method,
-        manual,
-        about,
-        pattern,
-        chat,
-        system,
-        fields,
+        template, data, dev, config, labels, alias_label, strict, task, calibrate, method, manual, about, pattern, chat,
+        system, fields,
+    )  # fmt: skip
+    run = TrainingRun(
+        prepare(spec, backbone), out=out, resume=resume, overwrite=overwrite, ceiling=ceiling, command=command
     )
-    prepared = prepare(spec, backbone)
-    run = TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, ceiling=ceiling, command=command)
     return run.train(report=report, should_stop=should_stop)
 
 
@@ -166,7 +188,7 @@ class TrainingRun:
     """A training run with its folder and its record; arguments as of :func:`train`.
 
     Attributes:
-        record: What ``run.json`` says before training starts.
+        record: Content of ``run.json`` before training starts.
         identity: What must be equal for the run to be resumed.
         finished: The result of a finished run that is resumed, else None.
 
@@ -190,19 +212,21 @@ class TrainingRun:
             raise ConfigError("the bare backbone is timed in one process; leave out ceiling, or shard")
         self.prepared, self.config, self.items = prepared, prepared.config, prepared.items
         self.record = _first_record(prepared, command)
-        self.identity = identity_of_run(self.record)
+        self.identity = cast("Mapping[str, Json]", self.record["identity"])
         self.folder = Path(out) if out is not None else None
         self.finished: TrainResult | None = None
         self._resume, self._replaces, self._ceiling = resume, overwrite and not resume, ceiling
-        self._seconds_before = 0.0  # of training, before this run was resumed
         self._best: tuple[int, Trainer] | None = None
+        self._seconds_before = 0.0
         self._starts: dict[int, dict[str, Json]] = {}
-        if self.folder is not None:
-            found = check_folder(self.folder, self.identity, resume=resume, overwrite=overwrite)
-            if found is not None:
-                self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), found, self.folder)
+        if self.folder is not None and resume and (self.folder / RUN_FILE).is_file():
+            record, where = read_json(self.folder / RUN_FILE), f"{self.folder / RUN_FILE} is damaged"
+            saved = validate(RunRecord, record, where, advice="start anew with --overwrite")
+            check_identity(self.identity, saved.identity, where=str(self.folder))
+            self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), record, self.folder)
+        elif self.folder is not None:
+            check_writable(self.folder, RUN, overwrite=overwrite, resume=resume)
 
-    @with_gradients
     def train(
         self,
         *,
@@ -210,91 +234,145 @@ class TrainingRun:
         should_stop: Callable[[], bool] | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> TrainResult:
-        """Train every start, or what is left to train; arguments as of :func:`train` (``constants`` is the cache)."""
+        """Train every restart, or what is left to train, one after another; arguments as of :func:`train`."""
         if self.finished is not None:
             self.clear()
             return self.finished
-        shared = contextlib.nullcontext(prefix_cache) if prefix_cache is not None else None
-        share, disk = self.config.prefix_cache_share, self.config.prefix_cache_bytes
-        cache = shared or PrefixCache(self.prepared.backbone, memory_share=share, disk_bytes=disk)
-        with cache as kept:
-            for number in range(self.config.num_restarts):
-                trainer = self.trainer(number, checkpoint=self._checkpoint(number), prefix_cache=kept)
-                if not number:
-                    self.clear()
-                if self._resume and trainer.load():
-                    self._seconds_before += trainer.state.train_seconds
-                told = named(report, f"start-{number}") if number else report
-                trainer.fit(self.items["train"], self.items["dev"], report=told, should_stop=should_stop)
-                self.add(number, trainer)
-            return self.result()
+        outcomes = train_together(
+            {"": self},
+            checkpoint=self.folder / CHECKPOINT_FOLDER if self.folder is not None else None,
+            at_once=1,
+            resume=self._resume,
+            report=report,
+            should_stop=should_stop,
+            prefix_cache=prefix_cache,
+        )
+        ((_, outcome),) = list(outcomes)
+        if isinstance(outcome, PTuningError):
+            raise outcome
+        return outcome
 
     def trainer(
-        self, number: int, *, checkpoint: Path | None = None, prefix_cache: PrefixCache | None = None
+        self, number: int, *, prefix_cache: PrefixCache | None = None, checkpoint: Path | None = None
     ) -> Trainer:
-        """Return the trainer of one of several starts, from 0; ``prefix_cache`` is for prompts that train together.
-
-        Raises:
-            FileError: If there is no room for the run's files.
-        """
-        found = Trainer(
+        """Return the trainer of one of several restarts, from 0. A FileError if the disk is too small for the run."""
+        trainer = Trainer(
             self.prepared.backbone,
             self.prepared.bound,
             config=self.config.adapted(seed=start_seed(self.config.seed, number)),
             checkpoint=checkpoint,
             identity=self.identity,
-            judge=_judge(self.prepared, self.items["train"]),
+            judge=_judge(self.prepared),
             prefix_cache=prefix_cache,
+            start=number,
         )
         if self.folder is not None and not number:
-            check_room(self.folder, _needed_bytes(found))
-        return found
+            learner = trainer.learner
+            weights = sum(weight.numel() for weight in learner.weights.values())
+            encoder = learner.trainable_parameters - weights
+            # Each start: the encoder with both moments, and the backbone's best weights. The start in training: the
+            # backbone's weights with both moments, twice, since a file is written before the old one is removed. In the
+            # end: the prompt's weights.
+            restarts = self.config.num_restarts
+            needed = restarts * 8 * encoder + (restarts + 1 + 2 * 3 + 1) * weights
+            check_room(self.folder, FILES_BYTES + 4 * needed)
+        return trainer
+
+    def begin(self, number: int, *, prefix_cache: PrefixCache, checkpoint: Path | None) -> Trainer:
+        """Return the trainer of a restart, once training certainly starts: an earlier run is removed then."""
+        own = prefix_cache if self.config.prefix_cache_share else None
+        trainer = self.trainer(number, prefix_cache=own, checkpoint=checkpoint)
+        if number == 0:
+            self.clear()
+        return trainer
 
     def clear(self) -> None:
-        """Remove the run that this one replaces and half-written files, once it is certain that training starts."""
+        """Remove what killed processes left: half-written files, and the checkpoint of a finished run; and the earlier
+        run, if it is to be replaced and it is certain that training starts.
+        """
         wait_for_all()  # all have looked at the folder
         if self.folder is not None and this_writes():
-            clear_folder(self.folder, replaces=self._replaces, finished=self.finished is not None)
+            remove_stale(self.folder, RUN)
+            if self._replaces:
+                clear(self.folder, RUN)
+            elif self.finished is not None:
+                remove(self.folder / CHECKPOINT_FOLDER, CHECKPOINT)
 
-    def _checkpoint(self, number: int) -> Path | None:
-        return checkpoint_folder(self.folder, number) if self.folder is not None else None
-
-    def add(self, number: int, trainer: Trainer) -> None:
-        """Add a start that was trained. The best one on the development part is kept, the first of equal ones."""
-        self._starts[number] = _start(trainer)
+    def add(self, number: int, trainer: Trainer) -> bool:
+        """Add a restart that was trained; return whether all are. The best one on the development part is kept, the
+        first of equal ones.
+        """
+        state = trainer.state
+        self._starts[number] = {
+            "seed": trainer.config.seed,
+            "dev_score": state.best_score,
+            "dev_loss": state.best_loss,
+            "chosen_epoch": state.chosen_epoch,
+        }
+        self._seconds_before += trainer.seconds_before
         if self._best is None or (trainer.rank, -number) > (self._best[1].rank, -self._best[0]):
             self._best = number, trainer
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether all starts were trained."""
         return len(self._starts) == self.config.num_restarts
 
     def result(self, *, more: Mapping[str, Json] | None = None) -> TrainResult:
         """Return the result, and write it to the folder, if there is one; ``more`` goes into the record."""
         assert self._best is not None, "nothing was trained"
         (_, best), prepared, record = self._best, self.prepared, dict(self.record)
-        prompt = self.prompt(best)
-        seconds = time.monotonic() - prepared.began + self._seconds_before
-        dev_score = _dev_score(best, len(self.items["dev"]))
-        record |= {**_outcome(best, seconds=seconds), "dev_score": dev_score.to_json(), **(more or {})}
+        prompt, state, learner = self.prompt(best), best.state, best.learner
+        record |= {
+            "trainable_parameters": learner.trainable_parameters,
+            "frozen_parameters": 0 if learner.config.train_backbone == "full" else learner.frozen.parameters,
+            "slots": learner.bound.slots,
+            **({"deep": best.best_deep.to_json()} if best.best_deep is not None else {}),
+            "start": dict(state.start),
+            "history": [dict(epoch) for epoch in state.history],
+            **({"diverged": [[dict(row) for row in rows] for rows in state.diverged]} if state.diverged else {}),
+            "choice_rule": best.choice_rule,
+            "chosen_epoch": state.chosen_epoch,
+            "stopped_early": len(state.history) < best.config.epochs,
+            "seconds": time.monotonic() - prepared.began + self._seconds_before,
+            "train_seconds": state.train_seconds,
+            "tokens_per_second": state.train_tokens / state.train_seconds if state.train_seconds else None,
+            "constant_part": dict(best.cached),
+            "dev_score": self._dev_score(best).to_json(),
+            **(more or {}),
+        }
         if self.config.num_restarts > 1:
             record["starts"] = [self._starts[number] for number in sorted(self._starts)]
-        if best.learner.ranks.size > 1:
-            record["data_ranks"] = best.learner.ranks.size
+        if learner.ranks.size > 1:
+            record["data_ranks"] = learner.ranks.size
         if self._ceiling:
             record["ceiling_tokens_per_second"] = measure_ceiling(
                 prepared.backbone, self.items["train"], batch_size=self.config.batch_size, slots=prepared.bound.slots
             )
         if self.folder is not None:
-            _write(self.folder, prompt, record, prepared, best)
+            self._write(self.folder, prompt, record, best)
         return TrainResult(prompt, record, self.folder)
+
+    def _write(self, folder: Path, prompt: Prompt, record: Mapping[str, Json], best: Trainer) -> None:
+        learner = best.learner
+        if learner.ranks.writes:
+            make_folder(folder)
+            prompt.save(folder / PROMPT_FOLDER, overwrite=True)
+        if learner.ranks.writes or learner.frozen.shards is not None:  # a sharded model runs in all processes
+            dev = self.prepared.parts["dev"]
+            learned = PromptBatch.of(best.best_vectors, best.best_deep)
+            evaluation = evaluate(learner.backbone, self.items["dev"], learned, cache=learner.cache)
+            # Labels and choices were chosen by scoring them. Other answers must be generated.
+            predictions = guessed(prompt, dev, evaluation) or PromptModel(learner.backbone).predict(dev, prompt)
+            if learner.ranks.writes:
+                rows = prediction_rows(dev.records, predictions, evaluation.hits)
+                write_json_lines(folder / PREDICTIONS_FILE, rows)
+                write_json(folder / RUN_FILE, record)
+        wait_for_all()
 
     def prompt(self, trainer: Trainer) -> Prompt:
         """Return the prompt that a trainer has learned."""
-        prepared = self.prepared
+        prepared, config, deep = self.prepared, trainer.config, trainer.best_deep
         choices = [choice for item in self.items["train"] for choice in item.choices]
-        chosen = _dev_score(trainer, len(self.items["dev"]))
+        chosen = self._dev_score(trainer)
+        if deep is not None and config.deep_dtype != "float32":
+            deep = deep.rounded(torch.bfloat16)
         return Prompt(
             prepared.bound.template,  # without what this model cannot see
             trainer.best_vectors if prepared.template.has_slots else None,
@@ -305,7 +383,7 @@ class TrainingRun:
             multiline=prepared.bound.multiline,
             learned_to_stop=any(len(choice.target_ids) > choice.own_tokens for choice in choices),
             method=prepared.method,
-            seed=trainer.config.seed,
+            seed=config.seed,
             scored_on=len(self.items["dev"]),
             scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
             intervals={prepared.answers.score_name: (chosen.low, chosen.high)},
@@ -315,47 +393,82 @@ class TrainingRun:
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
             merge=prepared.merge,
-            deep=_saved_deep(trainer.best_deep, trainer.config),
+            deep=deep,
         )
 
+    def _dev_score(self, trainer: Trainer) -> Score:
+        """Return the chosen epoch's share of hits on the development part with its interval, as ``eval`` shows it."""
+        count = len(self.items["dev"])
+        hits = round(trainer.state.best_score * count)
+        return score([1.0] * hits + [0.0] * (count - hits))
 
-def _saved_deep(deep: DeepParams | None, config: TrainConfig) -> DeepParams | None:
-    """Return what deep slots bring in the number format of their file."""
-    return deep if deep is None or config.deep_dtype == "float32" else deep.rounded(torch.bfloat16)
+
+@with_gradients
+def train_together(
+    runs: Mapping[str, TrainingRun],
+    *,
+    checkpoint: Path | None = None,
+    at_once: int,
+    resume: bool = False,
+    report: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    prefix_cache: PrefixCache | None = None,
+    more: Mapping[str, Json] | None = None,
+) -> Iterator[tuple[str, TrainResult | PTuningError]]:
+    """Train runs on one backbone, ``at_once`` of their restarts at a time, and yield each one that has ended: its
+    result, which was written, or its error. Runs that were finished before come first. Unless they ``resume``, an
+    existing checkpoint is removed. Records get ``more``.
+
+    Raises:
+        Interrupted: If ``should_stop`` returned true.
+    """
+    backbone = next(iter(runs.values())).prepared.backbone
+    resumed = read_checkpoint(checkpoint) if checkpoint is not None and resume else None
+    wait_for_all()  # all have read it
+    share = max(run.config.prefix_cache_share for run in runs.values())
+    disk = max(run.config.prefix_cache_bytes for run in runs.values())
+    with contextlib.ExitStack() as stack:
+        cache = prefix_cache or stack.enter_context(PrefixCache(backbone, memory_share=share, disk_bytes=disk))
+        owners: dict[str, tuple[str, int]] = {}
+        members: list[Member] = []
+        for name, run in runs.items():
+            for number in range(run.config.num_restarts):
+                # A restart is a folder in the log of its prompt.
+                member = "/".join(filter(None, (name, f"start-{number}" if number else "")))
+                owners[member] = name, number
+                make = functools.partial(run.begin, number, prefix_cache=cache, checkpoint=checkpoint)
+                members.append(Member(member, make, run.items["train"], run.items["dev"], run.config.epochs))
+        loop = TrainingLoop(members, prefix_cache=cache, at_once=at_once, checkpoint=checkpoint, resumed=resumed)
+        for name, run in runs.items():
+            # A checkpoint must list the prompt as done: which prompts train together decides rounding.
+            if run.finished is not None and (resumed is None or name in loop.finished):
+                run.clear()
+                for member in (member for member, owner in owners.items() if owner[0] == name):
+                    loop.release(member)
+                yield name, run.finished
+        if checkpoint is not None and not resume and this_writes():
+            remove(checkpoint, CHECKPOINT)
+        for member, outcome in loop.run(report=report, should_stop=should_stop):
+            name, number = owners[member]
+            if not isinstance(outcome, Trainer):
+                yield name, outcome
+            elif runs[name].add(number, outcome):
+                result = runs[name].result(more=more)
+                for each in (each for each, owner in owners.items() if owner[0] == name):
+                    loop.release(each)
+                yield name, result
+        if checkpoint is not None and this_writes():
+            remove(checkpoint, CHECKPOINT)
 
 
-def _judge(prepared: Prepared, learned_from: Sequence[ScoringRequest]) -> Judge | None:
-    """Return what scores the texts that are written after an epoch; None if it is chosen by score or loss."""
+def _judge(prepared: Prepared) -> Judge | None:
+    """Return the generation metric that chooses the epoch; None if it is chosen by score or loss."""
     metric, seed = prepared.config.metric_for_best_model, prepared.config.seed
     if metric in (BY_SCORE, BY_LOSS):
         return None
     records = draw_records(prepared.parts["dev"].records, JUDGED_RECORDS, seed=seed)
-    longest = max(choice.own_tokens for item in learned_from for choice in item.choices)
+    longest = max(choice.own_tokens for item in prepared.items["train"] for choice in item.choices)
     return epoch_metric(prepared.bound, records, metric, max_tokens=longest + MORE_TOKENS)
-
-
-def _recipe(prepared: Prepared) -> int:
-    """Return the version of the training code: one more with long targets, whose stop tokens weigh more since."""
-    long = any(stop_weight(one.own_tokens) > STOP_WEIGHT for item in prepared.items["train"] for one in item.choices)
-    return recipe_of(prepared.template, prepared.config.encoder) + long
-
-
-def _dev_score(trainer: Trainer, n: int) -> Score:
-    """Return the chosen epoch's share of hits on the development part with its interval, as ``eval`` shows scores."""
-    hits = round(trainer.state.best_score * n)
-    return score([1.0] * hits + [0.0] * (n - hits))
-
-
-def _needed_bytes(trainer: Trainer) -> int:
-    """Return the bytes that a run needs on disk while it trains. A file is written before the old one is removed."""
-    starts = trainer.config.num_restarts
-    learner = trainer.learner
-    weights = [*learner.encoder.parameters(), *(learner.deep_encoder.parameters() if learner.deep_encoder else ())]
-    encoder = 4 * sum(int(weight.numel()) for weight in weights)
-    backbone = 4 * sum(weight.numel() for weight in trainer.learner.weights.values())
-    # Each start: the encoder with both moments, and the backbone's best weights. The start in training: the backbone's
-    # weights with both moments, twice. In the end: the prompt's weights.
-    return FILES_BYTES + starts * 8 * encoder + (starts + 1 + 2 * 3 + 1) * backbone
 
 
 def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
@@ -387,7 +500,12 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "command": command,
         "method": prepared.method,
         "train_backbone": config.train_backbone,
-        "recipe": _recipe(prepared),
+        "identity": identity(
+            settings,
+            {name: questions.sha256 for name, questions in prepared.parts.items()},
+            fingerprint=backbone.fingerprint,
+            task_file=task.text if task is not None else None,
+        ),
         "settings": settings,
         "labels": list(words.labels) if words else None,
         "fields": dict(prepared.fields),
@@ -400,53 +518,3 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "data": {**data, "test": None},
         **asked,
     }
-
-
-def _start(trainer: Trainer) -> dict[str, Json]:
-    state = trainer.state
-    return {
-        "seed": trainer.config.seed,
-        "dev_score": state.best_score,
-        "dev_loss": state.best_loss,
-        "chosen_epoch": state.chosen_epoch,
-    }
-
-
-def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
-    state, learner = trainer.state, trainer.learner
-    return {
-        "trainable_parameters": learner.trainable_parameters,
-        "frozen_parameters": 0 if learner.config.train_backbone == "full" else learner.frozen.parameters,
-        "slots": learner.bound.slots,
-        **({"deep": trainer.best_deep.to_json()} if trainer.best_deep is not None else {}),
-        "start": dict(state.start),
-        "history": [dict(epoch) for epoch in state.history],
-        **({"lost": [[dict(epoch) for epoch in history] for history in state.lost]} if state.lost else {}),
-        "choice_rule": trainer.choice_rule,
-        "chosen_epoch": state.chosen_epoch,
-        "stopped_early": len(state.history) < trainer.config.epochs,
-        "seconds": seconds,
-        "train_seconds": state.train_seconds,
-        "tokens_per_second": state.train_tokens / state.train_seconds if state.train_seconds else None,
-        "constant_part": dict(trainer.cached),
-    }
-
-
-def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: Prepared, best: Trainer) -> None:
-    ranks = best.learner.ranks
-    if ranks.writes:
-        make_folder(folder)
-        prompt.save(folder / PROMPT_FOLDER, overwrite=True)
-    if not (ranks.writes or best.learner.frozen.shards is not None):  # a model that is spread runs in all processes
-        wait_for_all()
-        return
-    dev, items = prepared.parts["dev"], prepared.items["dev"]
-    backbone = best.learner.backbone
-    found = evaluate(backbone, items, PromptBatch.of(best.best_vectors, best.best_deep), cache=best.learner.cache)
-    # Labels and choices were chosen by scoring them. Other answers must be written.
-    predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
-    if ranks.writes:
-        write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
-        write_json(folder / RUN_FILE, record)
-        remove(folder / CHECKPOINT_FOLDER, CHECKPOINT)
-    wait_for_all()

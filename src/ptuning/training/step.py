@@ -27,8 +27,13 @@ from ptuning.engine.processes import DataRanks
 from ptuning.engine.soft_prompt import DeepParams, PromptBatch
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.encode import Example, TokenizedTemplate
-from ptuning.training.encoders.encoder import make_encoders
-from ptuning.training.encoders.together import StackedEncoders, adamw_step, stacked_where_it_helps, works_together
+from ptuning.training.encoders import (
+    StackedEncoders,
+    adamw_step,
+    make_encoders,
+    stacked_where_it_helps,
+    works_together,
+)
 from ptuning.training.optimizer import make_optimizer, overflows, to_train
 
 # Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take
@@ -376,7 +381,7 @@ def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
 
 
 def _are_together(steps: Sequence[Step]) -> bool:
-    """Whether encoders and optimizers of several prompts work as one (:mod:`ptuning.training.encoders.together`)."""
+    """Whether encoders and optimizers of several prompts work as one (:mod:`ptuning.training.encoders`)."""
     return len(steps) > 1 and works_together(steps[0].learner.backbone.device)
 
 

@@ -16,9 +16,9 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.records import Record
+from ptuning.training.fleet import train_fleet
 from ptuning.training.run import train
 from ptuning.training.spec import FleetPrompt
-from ptuning.training.train_fleet import train_fleet
 from tests.conftest import RECORDS, WARM
 
 FAST = TrainConfig(epochs=1, batch_size=3, lr=0.01, patience=99).as_defaults()

@@ -24,10 +24,10 @@ from ptuning.progress import each
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.files import Json
+    from ptuning.training.fleet import FleetResult
     from ptuning.training.fleet_file import FleetEntry
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
-    from ptuning.training.train_fleet import FleetResult
     from ptuning.workers.jobs import WorkPart
 
 # A line about the slots of each of dozens of templates would bury all others.
@@ -67,14 +67,14 @@ def fleet(
     loaded = inputs.load(replace(backbone, name=backbone.name or file.backbone), spread=True)
     prompts = place_all(prompts, loaded)
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
-        from ptuning.training.fleet import AT_ONCE
-        from ptuning.training.train_fleet import train_fleet
+        from ptuning.training.fleet import train_fleet
+        from ptuning.workers.jobs import JOB_PROMPTS
 
         result = train_fleet(
             prompts,
             backbone=loaded,
             out=out,
-            at_once=at_once or file.at_once or AT_ONCE,
+            at_once=at_once or file.at_once or JOB_PROMPTS,
             resume=resume,
             overwrite=overwrite,
             # A line per epoch of dozens of trainings would bury the line per prompt.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
 from ptuning.engine.soft_prompt import DeepParams
-from ptuning.training.encoders.encoder import (
+from ptuning.training.encoders import (
     MAX_ENCODER_WIDTH,
     MOVED_BY_A_STEP,
     DeepEncoder,

@@ -17,18 +17,18 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import EncoderKind
 from ptuning.progress import Interrupted
-from ptuning.training import fleet, step
-from ptuning.training.encoders import together
-from ptuning.training.encoders.encoder import PromptEncoder
-from ptuning.training.encoders.together import BATCHED, StackedEncoders, adamw_step
+from ptuning.training import encoders as encoders_module
+from ptuning.training import step
+from ptuning.training import trainer as loop
+from ptuning.training.encoders import BATCHED, PromptEncoder, StackedEncoders, adamw_step
+from ptuning.training.fleet import train_fleet
 from ptuning.training.run import TrainResult, train
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner
-from ptuning.training.train_fleet import train_fleet
 from tests.conftest import small_memory
 from tests.live_tensors import LiveTensors
-from tests.training.encoders.test_encoder import make, shaken
 from tests.training.fleets import EVERY, FACTS, FAST, TEXTS
+from tests.training.test_encoders import make, shaken
 
 # Of each kind several, with other numbers of slots, rates and batches; and one that draws dropout.
 MORE = (
@@ -44,7 +44,7 @@ MORE = (
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let encoders work together on the processor, too."""
-    monkeypatch.setattr(together, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(encoders_module, "DEVICES", frozenset({"cpu"}))
 
 
 def encoders(kind: EncoderKind) -> list[PromptEncoder]:
@@ -115,9 +115,9 @@ def test_prompts_learn_what_they_learn_one_by_one(
 ) -> None:
     """Invariant *Fast = slow*, with one call of the optimizer for the whole fleet in each round."""
     wanted = train_fleet(MORE, backbone=causal, at_once=at_once)
-    monkeypatch.setattr(together, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(encoders_module, "DEVICES", frozenset({"cpu"}))
     calls: list[int] = []
-    real = together.adamw_step
+    real = encoders_module.adamw_step
 
     def spy(optimizers: Any, max_norms: Any) -> None:
         calls.append(len(optimizers))
@@ -215,11 +215,11 @@ def test_the_memory_rule_counts_what_a_step_together_holds(
         most.append(len(steps))
         return real(steps)
 
-    monkeypatch.setattr(fleet, "take_steps", spy)
+    monkeypatch.setattr(loop, "take_steps", spy)
     config = FAST.adapted(encoder=kind, epochs=1)
     prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=config.adapted(seed=n)) for n in range(6)]
     one = sum(weight.numel() for weight in make(torch.randn(2, causal.width), kind).parameters())
-    monkeypatch.setattr(fleet, "total_bytes", lambda _: 4.05 * one * bytes_per_weight / fleet.STATE_SHARE)
+    monkeypatch.setattr(loop, "total_bytes", lambda _: 4.05 * one * bytes_per_weight / loop.STATE_SHARE)
     assert len(train_fleet(prompts, backbone=causal).results) == 6
     assert max(most) == 4
 

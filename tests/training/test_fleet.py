@@ -5,7 +5,6 @@ The invariants that tests name are those of docs/invariants.md.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,18 +24,18 @@ from ptuning.engine import prefix_cache
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TrainingError
-from ptuning.names import CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE, STATE_FILE
+from ptuning.names import CHECKPOINT_FILE, CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record
 from ptuning.training import fleet, step
-from ptuning.training import train_fleet as runs
-from ptuning.training.fleet import AT_ONCE, Fleet, Member
+from ptuning.training import trainer as loop
+from ptuning.training.checkpoint import read_checkpoint
+from ptuning.training.fleet import FleetResult, train_fleet
 from ptuning.training.run import TrainResult, train
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner, Step
-from ptuning.training.train_fleet import FleetResult, train_fleet
-from ptuning.training.trainer import Trainer
+from ptuning.training.trainer import Member, Trainer, TrainingLoop
 from ptuning.workers.jobs import Job, job_lock
 from tests.conftest import bound, items_of, make_model, small_memory
 from tests.processes import forked
@@ -103,9 +102,9 @@ def test_one_that_is_lost_starts_anew_among_others(causal: Backbone, monkeypatch
     for prompt, result in zip(prompts, found.results.values(), strict=True):
         wanted = alone(prompt, causal)
         assert_alike(wanted, result)
-        assert len(cast("list[object]", result.record.get("lost", []))) == (prompt.settings.seed == 1)
+        assert len(cast("list[object]", result.record.get("diverged", []))) == (prompt.settings.seed == 1)
         if prompt.settings.seed == 1:
-            assert result.record["lost"] != wanted.record["history"]
+            assert result.record["diverged"] != wanted.record["history"]
 
 
 def assert_alike(one: TrainResult, other: TrainResult) -> None:
@@ -180,12 +179,12 @@ def test_encoders_do_not_fill_the_memory(causal: Backbone, monkeypatch: pytest.M
         most.append(len(groups))
         return real(groups)
 
-    monkeypatch.setattr(fleet, "take_steps", spy)
+    monkeypatch.setattr(loop, "take_steps", spy)
     weights = trainer(causal, "[P*2] [X] [Y]", FACTS)[0].learner.trainable_parameters
     prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=FAST.adapted(seed=n)) for n in range(5)]
     for room, expected in ((2.5, 2), (0.5, 1), (99, 5)):
-        total = room * weights * fleet.BYTES_PER_WEIGHT / fleet.STATE_SHARE
-        monkeypatch.setattr(fleet, "total_bytes", lambda _, total=total: total)
+        total = room * weights * loop.BYTES_PER_WEIGHT / loop.STATE_SHARE
+        monkeypatch.setattr(loop, "total_bytes", lambda _, total=total: total)
         most.clear()
         assert len(train_fleet(prompts, backbone=causal).results) == 5
         assert max(most) == expected
@@ -349,7 +348,7 @@ def test_a_fleet_stops_between_passes_that_fill_the_prefix_cache(
     def stops() -> bool:  # the fourth, which begins when one of the first three has ended
         return bool(seen) and seen[-1].startswith("free: text in front of the slots, 0.")
 
-    with pytest.raises(Interrupted, match=r"stopped with 1 of 8 prompts done and 2 in training"):
+    with pytest.raises(Interrupted, match=r"stopped with 1 of 8 prompts done and 3 in training"):
         train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, report=watch, should_stop=stops)
     parts = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
@@ -360,8 +359,8 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which prompts train together decides rounding, so it follows from the prompts, and not from who trains them."""
-    monkeypatch.setattr(runs, "JOB_PROMPTS", 3)
-    units = runs.fleet_jobs(EVERY, at_once=3)
+    monkeypatch.setattr(fleet, "JOB_PROMPTS", 3)
+    units = fleet.fleet_jobs(EVERY, at_once=3)
     assert [unit.folders for unit in units] == [("plain", "late", "labels"), ("free", "parts"), ("starts", "dev")]
     train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
     for part in ("3/3", "1/3", "2/3"):
@@ -379,7 +378,7 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
 
 
 def test_workers_leave_the_same_prompts(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "JOB_PROMPTS", 3)
+    monkeypatch.setattr(fleet, "JOB_PROMPTS", 3)
     whole = train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
     use_fake_ray(monkeypatch, causal, fleet_2=1)
     seen: list[str] = []
@@ -436,10 +435,10 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from dataclasses import replace\n"
         "from ptuning.backbone.loading import load_backbone\n"
-        "from ptuning.training.train_fleet import train_fleet\n"
+        "from ptuning.training.fleet import train_fleet\n"
         "from tests.training.fleets import EVERY\n"
-        "from ptuning.training import fleet\n"
-        "fleet.SAVING_PAUSE = 0.0\n"
+        "from ptuning.training import trainer\n"
+        "trainer.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
         "prompts = [replace(one, config=one.settings.adapted(checkpoint_seconds=0.0, epochs=2)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
@@ -449,11 +448,11 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(script), str(tmp_path / out)])
             patch.setattr(sys, "path", list(sys.path))
-            patch.setattr(fleet, "SAVING_PAUSE", 0.0)  # the script sets it, too
+            patch.setattr(loop, "SAVING_PAUSE", 0.0)  # the script sets it, too
             exec(script.read_text(), {})
 
     here("whole")
-    state = tmp_path / "killed" / CHECKPOINT_FOLDER / STATE_FILE
+    state = tmp_path / "killed" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
     for moment in range(2):
         seen = {state.stat().st_mtime_ns if state.exists() else 0}
         with forked(script.read_text(), tmp_path / "killed", folder=tmp_path / "said") as process:
@@ -527,41 +526,8 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
         for n, rows in enumerate(texts)
     ]
     train_fleet(prompts, backbone=causal)
-    assert len(kept) == 3
-    assert kept[0] > kept[1] > kept[2] == 0
-
-
-def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
-    train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
-    (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    for content in ('{"live": {}}', '{"live": {"a": 5}, "finished": []}', '{"live": {}, "finished": [[]]}'):
-        (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text(content)
-        with pytest.raises(TrainingError, match="damaged"):
-            train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
-
-
-def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_path: Path) -> None:
-    """A prompt that nobody wrote down is trained to its end again, and not lost."""
-    items = items_of(causal, "[P] [X] [Y]", FACTS)
-
-    def make(_: PrefixCache) -> Trainer:
-        return Trainer(causal, bound(causal, "[P] [X] [Y]"), config=FAST)
-
-    def fleet() -> Fleet:
-        member = Member("one", make, items, items[:3], FAST.epochs)
-        return Fleet(causal, [member], memory_share=0.0, checkpoint=tmp_path, checkpoint_seconds=60.0)
-
-    for _ in range(2):
-        assert [name for name, _ in fleet().run()] == ["one"]
-    last = fleet()
-    for name, _ in last.run():
-        last.release(name)
-    assert fleet().resume() is None, "nothing is left to go on from once all is done"
-
-
-def test_default_number_at_once_is_one_default() -> None:
-    for one in (Fleet.__init__, train_fleet, runs.fleet_runs):
-        assert inspect.signature(one).parameters["at_once"].default == AT_ONCE
+    assert len(kept) == 2
+    assert kept[0] > kept[1] > 0
 
 
 def test_shipped_facts_of_two_kinds(causal: Backbone) -> None:
@@ -573,3 +539,22 @@ def test_shipped_facts_of_two_kinds(causal: Backbone) -> None:
     ]
     found: FleetResult = train_fleet(prompts, backbone=causal)
     assert list(found.results) == ["capitals", "continents"]
+
+
+def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_path: Path) -> None:
+    """A prompt whose result was not written is trained to its end again, and not lost."""
+    items = items_of(causal, "[P] [X] [Y]", FACTS)
+    member = Member("one", lambda: trainer(causal, "[P] [X] [Y]", FACTS)[0], items, items[:3], FAST.epochs)
+
+    def new_loop() -> TrainingLoop:
+        cache, resumed = PrefixCache(causal, memory_share=0.0), read_checkpoint(tmp_path)
+        return TrainingLoop([member], prefix_cache=cache, at_once=2, checkpoint=tmp_path, resumed=resumed)
+
+    for release in (False, True):
+        last = new_loop()
+        for name, _ in last.run():
+            assert name == "one"
+            if release:
+                last.release(name)
+        last.save()
+    assert list(new_loop().run()) == []
