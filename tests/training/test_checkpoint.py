@@ -20,7 +20,7 @@ SETTINGS: dict[str, Json] = {**TrainConfig().to_json(), "device": "cpu"}
 
 def test_settings_that_change_no_result_are_left_out() -> None:
     one = identity(SETTINGS, {"train": "a1"}, fingerprint="f0")
-    changed = {"device": "cuda", "checkpointing": True, "cache_memory": 0.0, "cache_disk": 1.0}
+    changed: dict[str, Json] = {"device": "cuda", "checkpointing": True, "cache_memory": 0.0, "cache_disk": 1.0}
     assert identity({**SETTINGS, **changed, "checkpoint_seconds": 1.0}, {"train": "a1"}, fingerprint="f0") == one
     assert one["train data (sha256)"] == "a1"
     assert identity(SETTINGS, {"train": "a1"}, fingerprint="f0", task_file="text") != one
