@@ -88,7 +88,7 @@ def main(settings: Settings) -> None:
         written.save(folder / service.WRITES)
         with service.serving(settings, folder, Path(place)) as server:
             # The server gets up meanwhile.
-            service.write_prompts(many, [made[at % len(made)] for at in range(settings.pick(LOADED, 200))])
+            service.write_prompts(many, [made[at % len(made)] for at in range(settings.pick(LOADED, 12))])
             cells, answers = memory(many, settings)
             if gone is None:
                 over = over_http(Asked(server, settings), backbone, made[0], written)

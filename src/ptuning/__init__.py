@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ptuning.training.spec import FleetPrompt as FleetPrompt
     from ptuning.training.tracking import TrainingLog as TrainingLog
 
-# Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
+# Public name -> its module, which is imported on first use: torch and transformers take seconds.
 _HOMES = {
     "Backbone": "backbone.backbone",
     "FleetPrompt": "training.spec",
@@ -61,31 +61,7 @@ _HOMES = {
     "train_fleet": "training.fleet",
 }
 
-__all__ = [
-    "Backbone",
-    "FleetPrompt",
-    "GenerationSettings",
-    "LabelWords",
-    "PTuningError",
-    "Prompt",
-    "PromptModel",
-    "Solution",
-    "Template",
-    "TrainConfig",
-    "TrainingLog",
-    "chat_template",
-    "compare",
-    "estimate",
-    "lama",
-    "load_backbone",
-    "load_conversations",
-    "load_records",
-    "load_task",
-    "methods",
-    "superglue",
-    "train",
-    "train_fleet",
-]
+__all__ = sorted(_HOMES)
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ import ptuning
 from ptuning.backbone import sources
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from tests.cli.test_app import call
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/messages.md", "docs/facts.md", "docs/table.md")
 # Commands that train get one epoch, and those that compare few facts: a random model learns nothing in six either.
 EPOCH = ("--set", "epochs=1")
@@ -124,18 +125,23 @@ def test_commands_that_prose_names_exist() -> None:
         assert call(command, "--help").code == 0, f"{where} names ptuning {command}"
 
 
-def test_what_is_installed_by_hand_is_what_make_installs() -> None:
-    """These lines of the README need a network, so that no test runs them."""
-    readme, made = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
-    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = re.findall(r"[\w-]+==[\w.]+", readme)
-    assert len(pinned) == 2
-    assert all(one in made or one in constraints.splitlines() for one in pinned)
-    for target in re.findall(r"^make (\w+)", readme, flags=re.MULTILINE):
-        assert f"\n{target}:" in made
+HUGGINGFACE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_a_command_that_fails_is_seen(reader: Path) -> None:
-    assert call("eval", "nothing", "--data", reader / "test.jsonl").code == 2
-    with pytest.raises(AssertionError):
-        run("ptuning eval nothing --data test.jsonl")
+def test_the_script_of_the_page_for_transformers(
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert HUGGINGFACE_MODEL in script
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(script.replace(HUGGINGFACE_MODEL, str(model_folder("llama"))), names)
+    assert names["backbone"].model.config == names["model"].config
+    assert all(weight.requires_grad for weight in names["model"].parameters()), "it was frozen"
+    assert "exact_match" in capsys.readouterr().out
+    assert list((tmp_path / "capitals" / "log").glob("**/events.out.tfevents.*"))
+    assert (tmp_path / "prompts" / "capitals" / "prompt.json").is_file()
