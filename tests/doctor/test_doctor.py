@@ -50,7 +50,7 @@ from ptuning.template.labels import LabelWords
 from tests.conftest import WARM, learned
 from tests.doctor.conftest import FAULTS, Page, StandIn, named, prompts_of, serves
 from tests.hub import Hub, serving
-from tests.serve.http.conftest import Asked, asked, engine, tiny  # noqa: F401 - fixtures
+from tests.serve.conftest import Api, api, tiny  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = LoadOptions(dtype="float32", device="cpu")
@@ -443,15 +443,15 @@ def test_all_checks_in_order(
         assert [check.group for check in checks if check.status == "failed"] == [failed]
 
 
-def test_the_service_itself(asked: Asked, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_service_itself(api: Api, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def forward(page: str, key: str | None, body: bytes) -> Page:
         method, path = page.split()
         headers = {"Content-Type": "application/json"} if body else {}
-        answer = asked.client.request(method, path, content=body, headers=headers)
+        answer = api.client.request(method, path, content=body, headers=headers)
         return answer.status_code, answer.content, {}
 
     monkeypatch.setattr(stand_in, "answer", forward)
-    checks = server_checks(stand_in, asked.model.backbone, asked.prompts)
+    checks = server_checks(stand_in, api.model.backbone, api.prompts)
     assert {check.status for check in checks.values()} == {"ok"}, checks
     compared = [name for name, check in checks.items() if "as in process" in check.detail]
     assert compared == [f"answer of {name}" for name in ("write", "mood", "pair", "renamed", "kept")]

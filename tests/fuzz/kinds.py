@@ -52,7 +52,6 @@ from ptuning.report.write import write_report
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.keys import Keys
-from ptuning.serve.http.service import Settings
 from ptuning.template.chat import chat_template
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import LabelWords
@@ -76,7 +75,7 @@ from tests.fuzz.strange import (
     values,
 )
 from tests.report.conftest import a_results, write_cells
-from tests.serve.http.conftest import Shelf, prompts_of
+from tests.serve.conftest import prompts_of, registry_of
 
 
 def templates(draw: Draw) -> None:
@@ -542,7 +541,7 @@ def service() -> TestClient:
     prompts = {**prompts_of(backbone), "talk": learned(backbone, str(chat_template(backbone.tokenizer, "it")))}
     engine = Engine(model("gpt2"))
     engine.start()
-    return TestClient(create_app(engine, Shelf.of(prompts), Settings(admin_keys=None)))
+    return TestClient(create_app(engine, registry_of(prompts)))
 
 
 # What a route takes; the values are right for one prompt or another.

@@ -28,7 +28,7 @@ from ptuning.serve.http.service import Settings
 from ptuning.serve.registry import Registry
 from tests.cli.test_app import commands_of
 from tests.conftest import ROOT, learned
-from tests.serve.http.conftest import Shelf, Stub
+from tests.serve.conftest import FakeEngine, registry_of
 
 DEPLOY = ROOT / "deploy"
 METRIC = re.compile(r"\b(?:ptuning|process)_[a-z0-9_]+")
@@ -38,7 +38,7 @@ METRIC = re.compile(r"\b(?:ptuning|process)_[a-z0-9_]+")
 def service(causal: Backbone) -> TestClient:
     """A service with keys, of which none is sent, and all routes."""
     keys = Settings(keys=Keys.of("sk-user"), admin_keys=Keys.of("sk-admin"))
-    return TestClient(create_app(Stub(PromptModel(causal), id), Shelf({}), keys))  # type: ignore[arg-type]
+    return TestClient(create_app(FakeEngine(PromptModel(causal)), registry_of({}), keys))  # type: ignore[arg-type]
 
 
 def text(name: str) -> str:

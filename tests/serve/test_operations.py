@@ -1,4 +1,4 @@
-"""A service as an operator has it: a process of its own, with keys, a folder of prompts, metrics and a log."""
+"""A service as an operator runs it: a process of its own, with keys, a folder of prompts, metrics and a log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ask(address: str, key: str | None = None, body: object = None) -> tuple[int,
 
 
 def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: Callable[[str], Path]) -> None:
-    """Started with a broken prompt beside a good one, asked, reloaded by SIGHUP, measured, and ended by SIGTERM."""
+    """Started with a broken prompt next to a good one, asked, reloaded by SIGHUP, measured, and ended by SIGTERM."""
     prompts, log = tmp_path / "prompts", tmp_path / "access.log"
     learned(causal, "[P*2] {x} It was [Y]", seed=1).save(prompts / "first")
     (prompts / "broken").mkdir()
@@ -46,17 +46,17 @@ def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: C
         process.wait_until(lambda: "\n" in process.out)
         address = process.out.split()[0]
         assert "the prompt 'broken' is left out: broken/prompt.json is not valid JSON" in process.err
-        asked = {"model": "first", "records": [{"x": "Kenya"}, {"x": "Peru"}]}
-        assert ask(f"{address}/v1/predict", "user-key", asked)[0] == 200
-        assert ask(f"{address}/v1/predict", "user-key", {**asked, "model": "second"})[0] == 404
+        body = {"model": "first", "records": [{"x": "Kenya"}, {"x": "Peru"}]}
+        assert ask(f"{address}/v1/predict", "user-key", body)[0] == 200
+        assert ask(f"{address}/v1/predict", "user-key", {**body, "model": "second"})[0] == 404
         learned(causal, "[P*2] {x} is [Y]", seed=2).save(prompts / "second")
         process.send(signal.SIGHUP)
         process.wait_until(lambda: "prompts read again: added second" in process.err)
-        assert ask(f"{address}/v1/predict", "user-key", {**asked, "model": ["first", "second"]})[0] == 200
+        assert ask(f"{address}/v1/predict", "user-key", {**body, "model": ["first", "second"]})[0] == 200
         assert ask(f"{address}/v1/prompts", "user-key")[0] == 403
         loaded = {"name": "third", "path": "second"}
         assert ask(f"{address}/v1/prompts", "boss-key", loaded)[0] == 201
-        measured = ask(f"{address}/metrics", "boss-key")[1]
+        metrics = ask(f"{address}/metrics", "boss-key")[1]
         for line in (
             'ptuning_model_rows_total{model="first"} 4.0',
             'ptuning_model_rows_total{model="second"} 2.0',
@@ -67,7 +67,7 @@ def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: C
             'ptuning_refusals_total{reason="model_not_found"} 1.0',
             "ptuning_request_queue_time_seconds_count 2.0",
         ):
-            assert line in measured
+            assert line in metrics
         process.send(signal.SIGTERM)
         assert process.wait(60) == 0
     lines = [json.loads(line) for line in log.read_text(encoding="ascii").splitlines()]
@@ -77,6 +77,6 @@ def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: C
     ]  # fmt: skip
     assert lines[2]["models"] == ["first", "second"]
     assert lines[0]["prompt_tokens"] > 0
-    said = log.read_text() + process.err
+    written = log.read_text() + process.err
     for secret in ("user-key", "boss-key", "Kenya", "Traceback"):
-        assert secret not in said
+        assert secret not in written

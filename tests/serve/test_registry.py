@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import shutil
 import struct
 import tempfile
@@ -50,7 +49,7 @@ BACKBONE = BackboneId("some-model", None, "some-fingerprint")
 
 
 def prompt_of(version: int) -> Prompt:
-    """A prompt that is told from others by its vectors."""
+    """A prompt whose vectors hold its version."""
     return Prompt(Template.parse("[P*2] {text} [Y]"), torch.full((2, 4), float(version)), BACKBONE)
 
 
@@ -70,64 +69,57 @@ def registry_of(
     return Registry(folder, named, base_name="some-model", check=check)
 
 
+def loaded(folder: Path, *names: str, check: Callable[..., object] = id) -> Registry:
+    """Save prompts of versions 0, 1, ..., and return a registry with them in service."""
+    for version, name in enumerate(names):
+        save(folder / name, version)
+    registry = registry_of(folder, check=check)
+    registry.reload()
+    return registry
+
+
 def change(folder: Path, **changes: object) -> None:
     """Write other values into a manifest."""
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, **changes}), encoding="utf-8")
 
 
-def rewrite(folder: Path, data: bytes) -> None:
-    """Write another file of vectors, with the right sum in the manifest."""
-    (folder / VECTORS_FILE).write_bytes(data)
-    change(folder, vectors_sha256=hashlib.sha256(data).hexdigest())
-
-
 def versions(registry: Registry) -> dict[str, int]:
-    return {name: version_of(one.prompt) for name, one in registry.served.items()}
+    return {name: version_of(served.prompt) for name, served in registry.served.items()}
 
 
 # Reading the folder
 
 
 def test_a_prompt_is_named_by_its_path_in_the_folder(tmp_path: Path) -> None:
-    """Folders with a prompt in them, training runs that hold one, and prompts of the operator's from anywhere."""
-    save(tmp_path / "prompts" / "sentiment", 1)
-    save(tmp_path / "prompts" / "team" / "topic.v2", 2)
-    save(tmp_path / "prompts" / "run" / "prompt", 3)
-    save(tmp_path / "prompts" / ".hidden", 4)
-    save(tmp_path / "prompts" / "a" / "b" / "c" / "d" / "too-deep", 5)
-    (tmp_path / "prompts" / "notes").mkdir()
-    save(tmp_path / "elsewhere" / "x", 6)
-    registry = registry_of(tmp_path / "prompts", {"mine": tmp_path / "elsewhere" / "x"})
-    done = registry.reload()
-    assert done == Changes(added=("mine", "run", "sentiment", "team/topic.v2"))
-    assert versions(registry) == {"mine": 6, "run": 3, "sentiment": 1, "team/topic.v2": 2}
-    found = registry.get("run")
-    assert (found.name, found.folder) == ("run", tmp_path / "prompts" / "run")
-    manifest = tmp_path / "prompts" / "run" / "prompt" / MANIFEST_FILE
-    assert found.sha256 == hashlib.sha256(manifest.read_bytes()).hexdigest()
-    assert [registry.path_of(one) for one in registry.served.values()] == ["x", "run", "sentiment", "team/topic.v2"]
-
-
-def test_a_backbone_in_a_folder_has_no_path_in_its_name(tmp_path: Path) -> None:
-    (tmp_path / "team" / "model").mkdir(parents=True)
-    assert base_name_of(str(tmp_path / "team" / "model")) == "model"
+    """Folders with a prompt in them, training runs that hold one, and the operator's prompts from anywhere."""
+    folder = tmp_path / "prompts"
+    for version, path in enumerate((
+        "prompts/sentiment", "prompts/team/topic.v2", "prompts/run/prompt", "prompts/.hidden",
+        "prompts/a/b/c/d/too-deep", "elsewhere/x",
+    )):  # fmt: skip
+        save(tmp_path / path, version)
+    (folder / "notes").mkdir()
+    registry = registry_of(folder, {"mine": tmp_path / "elsewhere" / "x"})
+    assert registry.reload() == Changes(added=("mine", "run", "sentiment", "team/topic.v2"))
+    assert versions(registry) == {"mine": 5, "run": 2, "sentiment": 0, "team/topic.v2": 1}
+    run = registry.get("run")
+    assert (run.name, run.folder) == ("run", folder / "run")
+    assert run.sha256 == hashlib.sha256((folder / "run" / "prompt" / MANIFEST_FILE).read_bytes()).hexdigest()
+    paths = [registry.path_of(served) for served in registry.served.values()]
+    assert paths == ["x", "run", "sentiment", "team/topic.v2"]
+    assert registry_of(folder / "sentiment").reload().added == ("sentiment",), "a folder that is a prompt itself"
+    assert base_name_of(str(folder)) == "prompts"
     assert base_name_of("team/model") == "team/model"
 
 
-def test_a_folder_that_is_a_prompt_itself_is_served_under_its_own_name(tmp_path: Path) -> None:
-    registry = registry_of(save(tmp_path / "reviews", 3))
-    assert registry.reload().added == ("reviews",)
-
-
 def test_a_broken_prompt_never_keeps_the_others_out(tmp_path: Path) -> None:
-    """Each is read alone, and every error is reported, without the path of the folder."""
-    for number, name in enumerate(("a", "b", "c", "d", "e")):
-        save(tmp_path / name, number)
+    """Every error is reported, without the path of the folder, and can be sent as JSON."""
+    for version, name in enumerate(("a", "b", "c", "d", "e", "späße", "some-model", "half")):
+        save(tmp_path / name, version)
     (tmp_path / "b" / MANIFEST_FILE).write_text("{", encoding="utf-8")
     (tmp_path / "c" / VECTORS_FILE).write_bytes(b"short")
-    save(tmp_path / "späße")
-    save(tmp_path / "some-model")
+    os.rename(tmp_path / "half", os.fsencode(tmp_path) + b"/\xff\xe2\x80\xae")
 
     def check(prompt: Prompt) -> None:
         if version_of(prompt) == 3:
@@ -136,113 +128,73 @@ def test_a_broken_prompt_never_keeps_the_others_out(tmp_path: Path) -> None:
             raise RuntimeError("a fault of ours")
 
     registry = registry_of(tmp_path, check=check)
-    done = registry.reload()
-    assert done.added == ("a",)
-    assert registry.failures == done.failed
-    assert {name: why for name, why in done.failed.items() if name in "de"} == {
-        "d": "it belongs to another backbone",
-        "e": "RuntimeError: a fault of ours",
-    }
-    assert "b/prompt.json is not valid JSON" in done.failed["b"]
-    assert "c/prompt.safetensors was cut off" in done.failed["c"]
-    assert "cannot have the name 'späße'" in done.failed["späße"]
-    assert "is the name of the base model" in done.failed["some-model"]
-    assert len(done.failed) == 6
-    assert not any(str(tmp_path) in why for why in done.failed.values())
-
-
-def test_a_name_of_half_a_character_can_be_told(tmp_path: Path) -> None:
-    """What is reported can be sent: names on the disk may be no text at all."""
-    folder = save(tmp_path / "x")
-    os.rename(folder, os.fsencode(tmp_path) + b"/\xff\xe2\x80\xae")
-    failed = registry_of(tmp_path).reload().failed
-    assert list(failed) == ["\\udcff\\u202e"]
-    json.dumps(failed, ensure_ascii=False).encode()
-
-
-def test_the_folder_must_be_there(tmp_path: Path) -> None:
-    """A disk that is gone for a moment takes no prompt out of service."""
-    save(tmp_path / "prompts" / "a")
-    registry = registry_of(tmp_path / "prompts")
-    registry.reload()
-    (tmp_path / "prompts").rename(tmp_path / "away")
-    with pytest.raises(FileError, match=r"cannot read .*prompts: No such file"):
-        registry.reload()
-    assert list(registry.served) == ["a"]
+    changes = registry.reload()
+    assert changes.added == ("a",)
+    assert registry.failures == changes.failed
+    facts = {
+        "b": "b/prompt.json", "c": "c/prompt.safetensors", "d": "another backbone", "e": "RuntimeError: a fault",
+        "späße": "'späße'", "some-model": "base model", "\\udcff\\u202e": "name",
+    }  # fmt: skip
+    assert set(changes.failed) == set(facts)
+    for name, message in changes.failed.items():
+        assert facts[name] in message
+        assert str(tmp_path) not in message
+    json.dumps(dict(changes.failed), ensure_ascii=False).encode()
 
 
 def test_reload_reads_only_what_has_changed(tmp_path: Path) -> None:
-    seen: list[int] = []
-    for number, name in enumerate(("a", "b", "c")):
-        save(tmp_path / name, number)
-    registry = registry_of(tmp_path, check=lambda prompt: seen.append(version_of(prompt)))
-    registry.reload()
+    checked: list[int] = []
+    registry = loaded(tmp_path, "a", "b", "c", check=lambda prompt: checked.append(version_of(prompt)))
     before = registry.served
-    seen.clear()
+    checked.clear()
     assert registry.reload() == Changes()
-    assert seen == []
+    assert checked == []
     save(tmp_path / "b", 7)
     save(tmp_path / "new", 8)
     save(tmp_path / "c", 2)  # the same again
     shutil.rmtree(tmp_path / "a")
     assert registry.reload() == Changes(added=("new",), changed=("b",), removed=("a",))
-    assert seen == [7, 2, 8]
+    assert checked == [7, 2, 8]
     assert registry.get("c").prompt is before["c"].prompt
-    assert {name: version_of(one.prompt) for name, one in before.items()} == {"a": 0, "b": 1, "c": 2}
-    seen.clear()
-    registry.reload()
-    assert seen == []
+    assert {name: version_of(served.prompt) for name, served in before.items()} == {"a": 0, "b": 1, "c": 2}
+    assert registry.reload() == Changes()
+    assert checked == [7, 2, 8]
 
 
-def test_a_prompt_that_breaks_on_the_disk_goes_on_as_it_was(tmp_path: Path) -> None:
-    save(tmp_path / "a", 1)
-    registry = registry_of(tmp_path)
-    registry.reload()
-    (tmp_path / "a" / VECTORS_FILE).write_bytes(b"damaged")
+def test_a_prompt_or_folder_that_breaks_on_the_disk_goes_on_as_it_was(tmp_path: Path) -> None:
+    registry = loaded(tmp_path / "prompts", "a")
+    folder = tmp_path / "prompts" / "a"
+    (folder / VECTORS_FILE).write_bytes(b"damaged")
     assert "a" in registry.reload().failed
-    (tmp_path / "a" / MANIFEST_FILE).unlink()
+    (folder / MANIFEST_FILE).unlink()
     assert "a" in registry.reload().failed
-    assert versions(registry) == {"a": 1}
-    save(tmp_path / "a", 2)
+    (tmp_path / "prompts").rename(tmp_path / "away")
+    with pytest.raises(FileError, match="prompts"):
+        registry.reload()
+    assert versions(registry) == {"a": 0}
+    save(folder, 2)
     assert registry.reload() == Changes(changed=("a",))
     assert registry.failures == {}
-
-
-def test_a_loaded_prompt_keeps_to_its_folder(tmp_path: Path) -> None:
-    """Replaced by another folder, a name stays with it; what was only loaded comes back after a reload, too."""
-    for number, name in enumerate(("a", "b", "c")):
-        save(tmp_path / name, number)
-    registry = registry_of(tmp_path)
-    registry.reload()
-    registry.replace("a", "b")
-    registry.load("other", "c")
-    registry.unload("c")
-    assert registry.reload() == Changes(added=("c",))
-    assert versions(registry) == {"a": 1, "b": 1, "c": 2, "other": 2}
 
 
 # Names
 
 
 def test_an_unknown_name_is_an_error_and_never_the_base(tmp_path: Path) -> None:
-    for name in ("sentiment", "topic"):
-        save(tmp_path / name)
-    save(tmp_path / "broken")
+    registry = loaded(tmp_path, "sentiment", "topic", "broken")
+    registry.unload("broken")
     (tmp_path / "broken" / MANIFEST_FILE).write_text("{}", encoding="utf-8")
-    registry = registry_of(tmp_path)
     registry.reload()
-    with pytest.raises(UnknownPromptError, match=r"no prompt 'sentimnt' here\. Did you mean 'sentiment'\?"):
-        registry.get("sentimnt")
-    with pytest.raises(UnknownPromptError, match="Its folder is there, and could not be loaded"):
-        registry.get("broken")
-    for name in ("", "some-model", "Sentiment", "x" * 10_000, "../topic"):
-        with pytest.raises(UnknownPromptError) as error:
+    for name, fact in (
+        ("sentimnt", "'sentimnt'.*'sentiment'"), ("broken", "could not be loaded"),
+        *((name, "no prompt") for name in ("", "some-model", "Sentiment", "x" * 10_000, "../topic")),
+    ):  # fmt: skip
+        with pytest.raises(UnknownPromptError, match=fact) as error:
             registry.get(name)
         assert len(str(error.value)) < 200
-    with pytest.raises(UnknownPromptError, match=r"Did you mean 'topic'\?"):
-        registry.unload("topik")
-    with pytest.raises(UnknownPromptError, match=r"Did you mean 'topic'\?"):
-        registry.replace("topik", "topic")
+    for call in (lambda: registry.unload("topik"), lambda: registry.replace("topik", "topic")):
+        with pytest.raises(UnknownPromptError, match="'topic'"):
+            call()
 
 
 BAD_PARTS = [
@@ -253,45 +205,27 @@ BAD_PATHS = [*BAD_PARTS, "/etc", "../x", "a/../../b", "a//b", "/a", "a/..", "a/"
 BAD_NAMES = [*BAD_PATHS, "", "/", "a/", "a/b/c/d/e"]
 
 
-def test_a_name_that_is_not_allowed_is_refused(tmp_path: Path) -> None:
-    """Abuse case 4: no way out of the folder, and no two names that look alike."""
-    save(tmp_path / "prompts" / "good")
+def test_names_and_paths_that_are_not_allowed_are_refused(tmp_path: Path) -> None:
+    """Abuse case 4: no way out of the folder, no two names that look alike, and no name of the base model."""
+    for place in ("a", "b", "x", "etc", "prompts/good", "prompts/team/a"):
+        save(tmp_path / place, 5)
     registry = registry_of(tmp_path / "prompts")
-    for name in BAD_NAMES:
-        with pytest.raises(RefusedNameError, match="cannot have the name") as error:
+    for name in [*BAD_NAMES, "some-model", "Some-Model"]:
+        with pytest.raises(RefusedNameError) as error:
             registry.load(name, "good")
         assert error.value.param == "name"
         assert len(str(error.value)) < 300
         with pytest.raises(RefusedNameError):
             registry_of(None, {name: tmp_path / "prompts" / "good"})
-    assert not registry.served
-
-
-@pytest.mark.parametrize("name", ["some-model", "Some-Model"])
-def test_the_name_of_the_base_model_is_not_for_prompts(name: str, tmp_path: Path) -> None:
-    save(tmp_path / "good")
-    with pytest.raises(RefusedNameError, match="name of the base model"):
-        registry_of(tmp_path).load(name, "good")
-
-
-def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    """Abuse case 4: whatever the path, nothing is opened outside of the folder of prompts."""
-    for place in ("a", "b", "x", "etc"):
-        save(tmp_path / place)
-    (tmp_path / "prompts").mkdir()
-    registry = registry_of(tmp_path / "prompts")
     for path in BAD_PATHS:
         for given in (path, f"a/{path}", f"{tmp_path}/{path}", str(tmp_path / "a"), "", "/"):
-            with pytest.raises(RefusedNameError, match="not a path in the folder of prompts") as error:
+            with pytest.raises(RefusedNameError) as error:
                 registry.load("fine", given)
             assert error.value.param == "path"
+    with pytest.raises(RefusedNameError, match="--prompts"):
+        registry_of(None).load("fine", "good")
     assert not registry.served
-
-
-def test_a_path_in_the_folder_may_be_given_whole(tmp_path: Path) -> None:
-    """Tools that load LoRA adapters name them by their whole path."""
-    save(tmp_path / "prompts" / "team" / "a", 5)
-    registry = registry_of(tmp_path / "prompts")
+    # Tools that load LoRA adapters name them by their absolute path.
     registry.load("x", str(tmp_path / "prompts" / "team" / "a"))
     registry.load("y", "team/a/")
     assert versions(registry) == {"x": 5, "y": 5}
@@ -301,27 +235,24 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     """Abuse case 4: of the prompt's folder and of each of its files; a link inside of the folder is fine."""
     save(tmp_path / "outside", 1)
     prompts = tmp_path / "prompts"
-    for name in ("inside", "manifest", "vectors", "run"):
+    for name in ("inside", "manifest", "vectors"):
         save(prompts / name, 2)
-    (prompts / "link").symlink_to(tmp_path / "outside")
-    (prompts / "current").symlink_to("inside")
-    (prompts / "loop").symlink_to(".")
-    for name, file in (("manifest", MANIFEST_FILE), ("vectors", VECTORS_FILE)):
-        (prompts / name / file).unlink()
-        (prompts / name / file).symlink_to(tmp_path / "outside" / file)
-    shutil.rmtree(prompts / "run")
     (prompts / "run").mkdir()
-    (prompts / "run" / "prompt").symlink_to(tmp_path / "outside")
+    for link, target in (
+        ("link", tmp_path / "outside"), ("current", "inside"), ("loop", "."), ("run/prompt", tmp_path / "outside"),
+        (f"manifest/{MANIFEST_FILE}", tmp_path / "outside" / MANIFEST_FILE),
+        (f"vectors/{VECTORS_FILE}", tmp_path / "outside" / VECTORS_FILE),
+    ):  # fmt: skip
+        (prompts / link).unlink(missing_ok=True)
+        (prompts / link).symlink_to(target)
     registry = registry_of(prompts)
-    done = registry.reload()
-    assert done.added == ("current", "inside")
-    assert sorted(done.failed) == ["link", "manifest", "run", "vectors"]
-    assert all("is a link out of the folder of prompts" in why for why in done.failed.values())
-    with pytest.raises(PromptError, match="link out of the folder"):
+    changes = registry.reload()
+    assert changes.added == ("current", "inside")
+    assert sorted(changes.failed) == ["link", "manifest", "run", "vectors"]
+    assert all("is a link" in message for message in changes.failed.values())
+    with pytest.raises(PromptError, match="link"):
         registry.load("x", "link")
-    assert versions(registry_of(None, {"x": prompts / "link"})) == {}
-    trusted = registry_of(None, {"x": prompts / "link"})
-    assert trusted.reload().added == ("x",)
+    assert registry_of(None, {"x": prompts / "link"}).reload().added == ("x",), "the operator may"
 
 
 # Files
@@ -337,39 +268,19 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_never_read(tmp_path: Path) -> None:
-    """Abuse case 2: in the place of the manifest, of the vectors, or beside them."""
-    exploded = tmp_path / "exploded"
-    torch_file = tmp_path / "saved"
-    torch.save({"vectors": torch.zeros(2, 4), "bomb": Bomb(exploded)}, torch_file)
-    for number, data in enumerate((pickle.dumps(Bomb(exploded)), torch_file.read_bytes())):
-        rewrite(save(tmp_path / f"vectors-{number}"), data)
-        (save(tmp_path / f"manifest-{number}") / MANIFEST_FILE).write_bytes(data)
-        (tmp_path / f"alone-{number}").mkdir()
-        (tmp_path / f"alone-{number}" / "prompt.pt").write_bytes(data)
-        (save(tmp_path / f"beside-{number}") / "prompt.bin").write_bytes(data)
-    registry = registry_of(tmp_path)
-    done = registry.reload()
-    assert done.added == ("beside-0", "beside-1")
-    assert sorted(done.failed) == ["manifest-0", "manifest-1", "vectors-0", "vectors-1"]
-    with pytest.raises(PromptError, match=r"'x' cannot be loaded: .*not a prompt folder"):
-        registry.load("x", "alone-0")
-    assert not exploded.exists()
-
-
 def header(about: dict[str, object], *, length: int | None = None, data: bytes = bytes(32)) -> bytes:
     text = json.dumps(about).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
-LIES = {
+BAD_VECTORS = {
     "header of an exabyte": header({VECTORS_KEY: GOOD}, length=2**60),
-    "header behind the end": header({VECTORS_KEY: GOOD}, length=10_000),
+    "header after the end": header({VECTORS_KEY: GOOD}, length=10_000),
     "huge shape": header({VECTORS_KEY: {**GOOD, "shape": [2**40, 2**20]}}),
     "shape that overflows": header({VECTORS_KEY: {**GOOD, "shape": [2**63, 2**63]}}),
     "offsets that overlap": header({VECTORS_KEY: GOOD, "other": {**GOOD, "data_offsets": [0, 32]}}),
-    "offsets behind the end": header({VECTORS_KEY: {**GOOD, "shape": [2, 400], "data_offsets": [0, 3200]}}),
+    "offsets after the end": header({VECTORS_KEY: {**GOOD, "shape": [2, 400], "data_offsets": [0, 3200]}}),
     "an extra key": safetensors.torch.save({VECTORS_KEY: torch.zeros(2, 4), "other": torch.zeros(1)}),
     "another key": safetensors.torch.save({"other": torch.zeros(2, 4)}),
     "another shape": safetensors.torch.save({VECTORS_KEY: torch.zeros(4, 2)}),
@@ -379,63 +290,59 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_vectors_that_lie_are_refused(lie: str, tmp_path: Path) -> None:
-    """Abuse cases 3 and 10; the others stay."""
-    save(tmp_path / "good", 1)
-    rewrite(save(tmp_path / "bad"), LIES[lie])
-    registry = registry_of(tmp_path)
-    assert list(registry.reload().failed) == ["bad"]
-    with pytest.raises(PromptError, match="'x' cannot be loaded"):
-        registry.load("x", "bad")
-    with pytest.raises(PromptError, match="'good' cannot be loaded"):
-        registry.replace("good", "bad")
-    assert versions(registry) == {"good": 1}
-
-
-def test_vectors_with_another_sum_are_refused(tmp_path: Path) -> None:
-    """Abuse case 3."""
-    change(save(tmp_path / "bad"), vectors_sha256="0" * 64)
-    with pytest.raises(PromptError, match="sha256"):
-        registry_of(tmp_path).load("x", "bad")
+def test_files_that_lie_are_refused_and_pickles_never_read(tmp_path: Path) -> None:
+    """Abuse cases 2, 3 and 10, with the right checksum in the manifest; the others stay."""
+    exploded, torch_file = tmp_path / "exploded", tmp_path / "saved"
+    torch.save({"vectors": torch.zeros(2, 4), "bomb": Bomb(exploded)}, torch_file)
+    pickles = {"pickle": pickle.dumps(Bomb(exploded)), "torch": torch_file.read_bytes()}
+    folder = tmp_path / "prompts"
+    for name, data in {**BAD_VECTORS, **pickles}.items():
+        path = save(folder / name.replace(" ", "-"))
+        (path / VECTORS_FILE).write_bytes(data)
+        change(path, vectors_sha256=hashlib.sha256(data).hexdigest())
+    change(save(folder / "sum"), vectors_sha256="0" * 64)
+    change(save(folder / "weights"), weights={"kind": "lora", "sha256": {"a.safetensors": "0"}})
+    for name, data in pickles.items():
+        (save(folder / f"manifest-{name}") / MANIFEST_FILE).write_bytes(data)
+        (save(folder / f"next-to-{name}") / "prompt.bin").write_bytes(data)
+        (folder / f"alone-{name}").mkdir()
+        (folder / f"alone-{name}" / "prompt.pt").write_bytes(data)
+    registry = registry_of(folder)
+    changes = registry.reload()
+    assert changes.added == ("next-to-pickle", "next-to-torch")
+    assert len(changes.failed) == len(BAD_VECTORS) + 6
+    assert "train its slots alone" in changes.failed["weights"]
+    for name in [*changes.failed, "alone-pickle"]:
+        with pytest.raises(PromptError, match="'x' cannot be loaded"):
+            registry.load("x", name)
+        with pytest.raises(PromptError, match="'next-to-torch' cannot be loaded"):
+            registry.replace("next-to-torch", name)
+    assert versions(registry) == {"next-to-pickle": 0, "next-to-torch": 0}
+    assert not exploded.exists()
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Abuse case 3 (here, of holes)."""
+    """Abuse case 3 (here, the file has holes)."""
     monkeypatch.setattr("ptuning.prompt.storage.read_bytes", lambda *_, **__: pytest.fail("it was read"))
-    folder = save(tmp_path / "bomb")
-    with (folder / VECTORS_FILE).open("wb") as handle:
+    with (save(tmp_path / "bomb") / VECTORS_FILE).open("wb") as handle:
         handle.truncate(2**40)
-    with pytest.raises(PromptError, match=f"{MAX_VECTORS_BYTES:,} bytes"):
+    with pytest.raises(PromptError, match=f"{MAX_VECTORS_BYTES:,}"):
         registry_of(tmp_path).load("x", "bomb")
-
-
-def test_weights_of_its_own_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    """They are not even read."""
-    change(save(tmp_path / "full"), format_version=2, weights={"kind": "lora", "sha256": {"a.safetensors": "0"}})
-    with pytest.raises(PromptError, match="one model in memory serves all prompts; train its slots alone"):
-        registry_of(tmp_path).load("x", "full")
 
 
 def test_a_prompt_that_does_not_fit_the_model_is_refused(causal: Backbone, tmp_path: Path) -> None:
     """Abuse case 9: of another backbone, another width, or with other slots for this tokenizer; the others stay."""
     good = learned(causal, "[P*2] {text} [P:is] [Y]")
     assert good.backbone is not None
-    assert good.slot_vectors is not None
     good.save(tmp_path / "good")
     replace(good, backbone=replace(good.backbone, fingerprint="x-y")).save(tmp_path / "backbone")
     replace(good, slot_vectors=torch.zeros(3, 8)).save(tmp_path / "width")
     replace(good, slot_vectors=torch.zeros(5, causal.width)).save(tmp_path / "slots")
     registry = registry_of(tmp_path, check=lambda prompt: prompt.bind(causal))
-    done = registry.reload()
-    assert done.added == ("good",)
-    assert {name: why.split("(")[0].strip() for name, why in done.failed.items()} == {
-        "backbone": f"the prompt was trained on the backbone '{causal.name}'",
-        "slots": "the template '[P*2] {text} [P:is] [Y]' has 3 slots with this tokenizer, and the prompt has 5 vectors",
-        "width": f"the prompt's vectors are 8 wide, and the embeddings of '{causal.name}' 32; it cannot be used with "
-        "this backbone",
-    }
-    for name in done.failed:
+    changes = registry.reload()
+    assert changes.added == ("good",)
+    for name, fact in (("backbone", causal.name), ("slots", "5 vectors"), ("width", "8 wide")):
+        assert fact in changes.failed[name]
         with pytest.raises(PromptError, match=f"'{name}' cannot be loaded"):
             registry.load(name, name)
     assert list(registry.served) == ["good"]
@@ -445,39 +352,33 @@ def test_a_machine_without_file_handles_or_disk_loses_no_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Abuse case 23: reading fails for a while, also in the middle; the clock may jump back."""
-    save(tmp_path / "a", 1)
-    save(tmp_path / "b", 2)
-    registry = registry_of(tmp_path)
-    registry.reload()
+    registry = loaded(tmp_path, "a", "b")
     save(tmp_path / "a", 3)
     (tmp_path / "b" / VECTORS_FILE).touch()
 
-    def fail(*given: object, **named: object) -> Any:
+    def fail(*_: object, **__: object) -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
         patch.setattr("ptuning.files.open", fail, raising=False)
         patch.setattr("time.time", lambda: -1.0)
-        done = registry.reload()
-        assert sorted(done.failed) == ["a", "b"]
+        assert sorted(registry.reload().failed) == ["a", "b"]
         with pytest.raises(PromptError, match="Too many open files"):
             registry.load("c", "a")
         patch.setattr("os.scandir", fail)
         with pytest.raises(FileError, match="Too many open files"):
             registry.reload()
-        assert versions(registry) == {"a": 1, "b": 2}
+        assert versions(registry) == {"a": 0, "b": 1}
     monkeypatch.setattr("time.time", lambda: 0.0)
     assert registry.reload() == Changes(changed=("a",))
-    assert versions(registry) == {"a": 3, "b": 2}
+    assert versions(registry) == {"a": 3, "b": 1}
 
 
 def test_a_prompt_in_service_takes_little_more_than_its_files(tmp_path: Path) -> None:
-    """A thousand of them are in memory at once: what they hold is counted here, their few numbers included."""
+    """A thousand of them are in memory at once."""
     words = LabelWords({"positive": ["great", "good"], "negative": ["terrible"]})
+    prompt = replace(prompt_of(0), label_words=words, scores={"accuracy": 0.5}, seed=1, fields={"text": "body"})
     for number in range(40):
-        prompt = replace(
-            prompt_of(number), label_words=words, scores={"accuracy": 0.5}, seed=1, fields={"text": "body"}
-        )
         prompt.save(tmp_path / f"p{number}")
     registry = registry_of(tmp_path)
     tracemalloc.start()
@@ -485,40 +386,20 @@ def test_a_prompt_in_service_takes_little_more_than_its_files(tmp_path: Path) ->
         before = tracemalloc.get_traced_memory()[0]
         registry.reload()
         gc.collect()
-        held = tracemalloc.get_traced_memory()[0] - before
+        used = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
     assert len(registry.served) == 40
-    assert held / 40 < 10_000
+    assert used / 40 < 10_000
 
 
 # While requests run
 
 
-def test_a_request_ends_with_the_prompt_it_began_with(tmp_path: Path) -> None:
-    """Abuse case 12: what a request holds is neither changed nor taken away."""
-    for number, name in enumerate(("a", "b")):
-        save(tmp_path / name, number)
-    registry = registry_of(tmp_path)
-    registry.reload()
-    held, all_held = registry.get("a"), registry.served
-    new = registry.replace("a", "b")
-    assert registry.get("a") is new
-    assert (version_of(held.prompt), version_of(new.prompt)) == (0, 1)
-    assert registry.unload("a") is new
-    with pytest.raises(UnknownPromptError):
-        registry.get("a")
-    assert (version_of(held.prompt), list(all_held)) == (0, ["a", "b"])
-    with pytest.raises(AttributeError):
-        held.prompt = new.prompt  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        all_held["a"] = new  # type: ignore[index]
-
-
 def test_changes_are_made_one_after_the_other(tmp_path: Path) -> None:
     """Abuse case 12: of two that load one name, one wins; readers do not wait."""
-    for number, name in enumerate(("a", "b", "c")):
-        save(tmp_path / name, number)
+    for version, name in enumerate(("a", "b", "c")):
+        save(tmp_path / name, version)
     inside, go_on = threading.Event(), threading.Event()
 
     def check(prompt: Prompt) -> None:
@@ -534,89 +415,40 @@ def test_changes_are_made_one_after_the_other(tmp_path: Path) -> None:
         assert not registry.served
         go_on.set()
         assert first.result(30).name == "x"
-        with pytest.raises(ConflictError, match="'x' is in service already"):
+        with pytest.raises(ConflictError, match="'x'"):
             second.result(30)
         assert reloaded.result(30).added == ("a", "b", "c")
     assert versions(registry) == {"a": 0, "b": 1, "c": 2, "x": 0}
 
 
 def test_nothing_changes_while_the_service_ends(tmp_path: Path) -> None:
-    """Abuse case 12: a load during the drain is refused; what is in service goes on."""
-    save(tmp_path / "a")
-    registry = registry_of(tmp_path)
-    registry.reload()
-    registry.close()
-    for change_it in (
-        lambda: registry.load("b", "a"),
-        lambda: registry.replace("a", "a"),
-        lambda: registry.unload("a"),
-        lambda: registry.reload(),
-    ):
-        with pytest.raises(StoppedError, match="about to end"):
-            change_it()
-    assert registry.get("a").name == "a"
-
-
-def test_an_engine_that_ends_ends_a_reload(tmp_path: Path) -> None:
-    """It says nothing about the prompts."""
-    save(tmp_path / "a")
+    """Abuse case 12: what is in service goes on. An engine that has failed says nothing about the prompts."""
 
     def check(prompt: Prompt) -> None:
-        raise StoppedError("the engine has failed")
+        if version_of(prompt):
+            raise StoppedError("the engine has failed")
 
-    registry = registry_of(tmp_path, check=check)
-    with pytest.raises(StoppedError):
-        registry.reload()
-    with pytest.raises(StoppedError):
-        registry.load("a", "a")
+    registry = loaded(tmp_path, "a", check=check)
+    calls: list[Callable[[], object]] = [lambda: registry.load("b", "a"), lambda: registry.replace("a", "a"),
+                                         lambda: registry.reload()]  # fmt: skip
+    save(tmp_path / "a", 1)
+    for call in calls:
+        with pytest.raises(StoppedError):
+            call()
+    save(tmp_path / "a", 0)
+    registry.close()
+    for call in [*calls, lambda: registry.unload("a")]:
+        with pytest.raises(StoppedError):
+            call()
     assert not registry.failures
-
-
-def test_many_threads_at_once(tmp_path: Path) -> None:
-    """However calls interleave: of each name as many loads as unloads succeed, give or take the one in service, and
-    a reader finds whole prompts.
-    """
-    for number in range(3):
-        save(tmp_path / f"p{number}", number)
-    registry = registry_of(tmp_path)
-    counts = {"x": [0, 0], "y": [0, 0]}
-    lock = threading.Lock()
-
-    def work(seed: int) -> None:
-        draw = random.Random(seed)
-        for step in range(30):
-            name, kind = draw.choice("xy"), draw.randrange(4)
-            try:
-                if kind == 0:
-                    registry.load(name, f"p{step % 3}")
-                elif kind == 1:
-                    registry.replace(name, f"p{(step + seed) % 3}")
-                elif kind == 2:
-                    registry.unload(name)
-                else:
-                    for found in registry.served.values():
-                        assert found.prompt.slots == 2
-                        assert len(set(found.prompt.slot_vectors.flatten().tolist())) == 1  # type: ignore[union-attr]
-                    continue
-            except (ConflictError, UnknownPromptError):
-                continue
-            with lock:
-                counts[name][0] += kind == 0
-                counts[name][1] += kind == 2
-
-    with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(work, seed) for seed in range(8)]:
-            done.result(60)
-    assert sum(map(sum, counts.values())) > 2
-    for name, (loads, unloads) in counts.items():
-        assert loads - unloads == (name in registry.served)
+    assert versions(registry) == {"a": 0}
 
 
 NAMES = st.sampled_from(["a", "b", "c", "team/d", "e"])
 
 
 class Prompts(RuleBasedStateMachine):
-    """A registry against a dictionary: whatever is done to the folder and to the service, both say the same."""
+    """A registry against a dictionary: whatever happens to the folder and to the service, both agree."""
 
     held = Bundle("held")
 
@@ -694,22 +526,22 @@ class Prompts(RuleBasedStateMachine):
 
     @rule()
     def reload(self) -> None:
-        told: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
+        expected: dict[str, list[str]] = {"added": [], "changed": [], "removed": [], "failed": []}
         for name in sorted({*self.disk, *self.expected}):
             before = self.expected.get(name)
             path = before[1] if before else name
             version = self.loads(path)
             if before and path not in self.disk:
                 del self.expected[name]
-                told["removed"].append(name)
+                expected["removed"].append(name)
             elif version is None:
-                told["failed"].append(name)
+                expected["failed"].append(name)
             else:
                 self.expected[name] = version, path
                 if before is None or before[0] != version:
-                    told["changed" if before else "added"].append(name)
-        done = self.registry.reload()
-        assert {name: list(getattr(done, name)) for name in told} == told
+                    expected["changed" if before else "added"].append(name)
+        changes = self.registry.reload()
+        assert {name: list(getattr(changes, name)) for name in expected} == expected
 
     @rule(target=held, name=NAMES)
     def begin_request(self, name: str) -> tuple[Prompt, int] | None:
