@@ -109,7 +109,7 @@ class Api:
 
     client: TestClient
     service: Service
-    prompts: Mapping[str, Prompt]
+    prompts: dict[str, Prompt]
 
     @property
     def engine(self) -> Any:
@@ -127,7 +127,7 @@ class Api:
         return self.model.predict([record], self.prompts[name], **how)[0]
 
 
-def api_of(engine: Any, prompts: Mapping[str, Prompt], settings: Settings | None = None) -> Api:
+def api_of(engine: Any, prompts: dict[str, Prompt], settings: Settings | None = None) -> Api:
     """Return a client of a service on an engine."""
     registry = registry_of(prompts)
     app = create_app(engine, registry, settings, metrics=Metrics(registry, status=lambda: engine.status))

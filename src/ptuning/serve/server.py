@@ -32,7 +32,7 @@ LAST_SECONDS, IDLE_SECONDS = 5, 30
 BACKLOG = 512
 HEADER_BYTES = 32 << 10
 # Is given a function that ends the service as a signal does.
-OnReady = Callable[[Callable[[], None]], None]
+OnReady = Callable[[Callable[[], None]], object]
 
 
 def is_local(host: str) -> bool:
