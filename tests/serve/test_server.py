@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.engine.decoding import Token
 from ptuning.errors import ConfigError
 from ptuning.prompt.predict import PromptModel
-from ptuning.engine.decoding import Token
 from ptuning.serve.engine.job import Job, StoppedError
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.service import Settings
