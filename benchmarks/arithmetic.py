@@ -41,7 +41,7 @@ from benchmarks.material import (
     train_seconds,
 )
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.number_format import has_units
+from ptuning.backbone.number_format import units
 from ptuning.engine.objective import ScoringRequest
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
@@ -119,7 +119,7 @@ def steps_of(backbones: Mapping[str, Backbone], settings: Settings) -> tuple[lis
     device = backbones[DEFAULT].device
     if device.type != "cpu":
         return [], no_answer(f"asks for a processor, and this run was on {device.type}")
-    if not has_units():
+    if not units():
         return [], no_answer("no units for bfloat16 on this processor")
     bound = bind(backbones[DEFAULT], FACTS_TEMPLATE)
     gains: dict[int, list[float]] = {}

@@ -13,7 +13,7 @@ from benchmarks.common import Json, Settings, answer, no_answer, parser, setting
 from benchmarks.material import backbone_of
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
-from ptuning.backbone.placement.stored import stored_tensors
+from ptuning.backbone.weights import stored_tensors
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine.memory import tensor_bytes

@@ -46,7 +46,7 @@ from benchmarks.material import (
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of, with_own_attention
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.number_format import has_units, short_name
+from ptuning.backbone.number_format import short_name, units
 from ptuning.engine.objective import ScoringRequest
 from ptuning.records import Record
 
@@ -150,7 +150,7 @@ def own_formats(backbone: Backbone, settings: Settings) -> dict[str, Backbone]:
     if settings.dtype != "auto" or not is_installed():
         return {}
     device = backbone.device
-    has_half = has_units() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_half = bool(units()) if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
     formats = ("float32", "bfloat16") if has_half else ("float32",)
     return {f"peft, {name}": with_own_attention(backbone_of(replace(settings, dtype=name))) for name in formats}
 

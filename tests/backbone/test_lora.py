@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,15 +18,7 @@ from ptuning.errors import BackboneError, ConfigError, PromptError
 from ptuning.prompt.predict import PromptModel
 from tests.backbone.test_trained_weights import EXPERTS, adapted, experts, logits, weights
 from tests.conftest import RECORDS, learned
-
-
-def test_new_adapters_change_nothing(backbone: Backbone) -> None:
-    """Invariant *Identity* (docs/invariants.md), also with adapters: a prompt that starts at words is the manual prompt
-    before the first step.
-    """
-    other = backbone.copy(share=True)
-    lora.add_adapters(other.model, rank=4, alpha=8.0, targets="all-linear", seed=0)
-    assert torch.equal(logits(other), logits(backbone))
+from tests.families import backbone_of
 
 
 def test_the_model_that_was_copied_stays_as_it_was(backbone: Backbone) -> None:
@@ -87,6 +77,10 @@ def test_seed_rank_and_targets(causal: Backbone) -> None:
     assert {name.split(".")[-3] for name in made(targets="q_proj, v_proj")} == {"q_proj", "v_proj"}
     assert 0 < len(made(targets="default")) < len(one)
     assert not any("embed" in name or "lm_head" in name for name in one)
+    # Invariant *Identity* (docs/invariants.md): before the first step they change nothing.
+    copy = causal.copy(share=True)
+    lora.add_adapters(copy.model, rank=4, alpha=8.0, targets="all-linear", seed=0)
+    assert torch.equal(logits(copy), logits(causal))
 
 
 def test_a_graphics_processor_draws_on_as_if_no_adapters_were_made(
@@ -100,6 +94,14 @@ def test_a_graphics_processor_draws_on_as_if_no_adapters_were_made(
     assert not seed_all.called
 
 
+def test_adapters_that_cannot_be_made(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackboneError, match=r"no adapters on 'nothing': .*set lora_targets to"):
+        lora.add_adapters(causal.copy().model, rank=4, alpha=8.0, targets="nothing", seed=0)
+    monkeypatch.setattr(lora, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'ptuning\[lora\]'"):
+        lora.add_adapters(causal.copy().model, rank=4, alpha=8.0, targets="all-linear", seed=0)
+
+
 @pytest.mark.parametrize("changes", [{"r": 10**13}, {"rank_pattern": {"q_proj": 10**13}}, {"r": 10**18}])
 def test_a_rank_that_no_memory_holds_is_refused_before_any_is_taken(causal: Backbone, changes: dict[str, Any]) -> None:
     """Shapes of the saved weights and of the config are compared first."""
@@ -109,42 +111,17 @@ def test_a_rank_that_no_memory_holds_is_refused_before_any_is_taken(causal: Back
         lora.restore_adapters(causal.copy(share=True).model, config, lora.adapter_parameters(other.model))
 
 
-def test_no_layers_for_adapters(causal: Backbone) -> None:
-    with pytest.raises(BackboneError, match=r"LlamaForCausalLM takes no adapters on 'nothing': .*set lora_targets to"):
-        lora.add_adapters(causal.copy().model, rank=4, alpha=8.0, targets="nothing", seed=0)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # between peft and transformers
-def test_peft_reads_what_is_saved(backbone: Backbone, tmp_path: Path) -> None:
-    check_peft_reads(backbone, tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-@pytest.mark.parametrize("head", EXPERTS)
-def test_peft_reads_adapters_on_experts(head: str, tmp_path: Path) -> None:
-    check_peft_reads(experts(head), tmp_path)
-
-
-def check_peft_reads(backbone: Backbone, folder: Path) -> None:
+@pytest.mark.parametrize("head", ["llama", "bert", *EXPERTS])
+def test_peft_reads_what_is_saved(head: str, tmp_path: Path) -> None:
+    backbone = experts(head) if head in EXPERTS else backbone_of(head)
     trained = adapted(backbone)
-    TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(folder)
-    assert json.loads((folder / lora.CONFIG_FILE).read_text())["base_model_name_or_path"] == backbone.name
+    TrainedWeights.of(trained, backbone, train_backbone="lora", keep="difference").save(tmp_path)
+    assert json.loads((tmp_path / lora.CONFIG_FILE).read_text())["base_model_name_or_path"] == backbone.name
     plain = backbone.copy().model
-    model = peft.PeftModel.from_pretrained(plain, folder)
+    model = peft.PeftModel.from_pretrained(plain, tmp_path)
     model.eval()
     with torch.no_grad():
         found = model(input_ids=torch.tensor([[7, 9, 11, 13]])).logits
     assert torch.equal(found, logits(trained))
-
-
-def test_without_peft_the_error_says_what_to_install(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"need the package peft; install it with: pip install 'ptuning\[lora\]'"):
-        lora.add_adapters(causal.copy().model, rank=4, alpha=8.0, targets="all-linear", seed=0)
-
-
-def test_peft_is_loaded_only_where_it_is_used() -> None:
-    code = "import sys, ptuning.training.trainer, ptuning.prompt.predict; print('peft' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "False"

@@ -208,17 +208,15 @@ def test_adapters_on_experts_come_back_bit_by_bit(head: str, targets: str, tmp_p
         {"target_modules": "q_proj"},
         {"target_modules": [1]},
         {"target_parameters": "gate.weight"},
-        {"target_parameters": {"gate.weight": 1}},
-        {"target_parameters": [7]},
         {"rank_pattern": ["x"]},
-        {"rank_pattern": {".*\\.gate_up_proj": "8"}},
-        {"rank_pattern": {".*\\.gate_up_proj": 2.5}},
         {"rank_pattern": {".*\\.gate_up_proj": 0}},
         {"rank_pattern": {".*\\.gate_up_proj": True}},
         {"rank_pattern": {"(a+)+b": 8}},  # nothing from a file is run as an expression of its own
         {"alpha_pattern": {"(": 8}},
         {"alpha_pattern": {".*\\.gate_up_proj": None}},
         {"r": "4"},
+        {"r": None},
+        {"target_modules": None},
         {"lora_alpha": None},
     ],
 )
@@ -227,27 +225,8 @@ def test_an_adapters_config_of_other_types(changed: dict[str, Json]) -> None:
     found = TrainedWeights.of(adapted(backbone), backbone, train_backbone="lora", keep="difference")
     config = json.loads(found.files[lora.CONFIG_FILE])
     files = {lora.CONFIG_FILE: json.dumps({**config, **changed}).encode()}
-    with pytest.raises(PromptError, match=rf"do not fit MixtralForCausalLM: '{next(iter(changed))}(\..*)?' must be "):
+    with pytest.raises(PromptError, match=f"do not fit MixtralForCausalLM: '{next(iter(changed))}"):
         replace(found, files=files).into(backbone)
-
-
-@pytest.mark.parametrize("keys", [["r"], ["target_modules"]])
-def test_an_adapters_config_that_lacks_something(causal: Backbone, keys: list[str]) -> None:
-    found = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference")
-    config = json.loads(found.files[lora.CONFIG_FILE])
-    for key in keys:
-        del config[key]
-    with pytest.raises(PromptError, match=rf"do not fit LlamaForCausalLM: '{keys[0]}' must be "):
-        replace(found, files={lora.CONFIG_FILE: json.dumps(config).encode()}).into(causal)
-
-
-def test_a_config_of_adapters_from_before_there_were_patterns(causal: Backbone) -> None:
-    """What an older peft does not write down is not missed."""
-    found = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference")
-    config = json.loads(found.files[lora.CONFIG_FILE])
-    kept = {name: config[name] for name in ("target_modules", "r", "lora_alpha", "fan_in_fan_out")}
-    other = replace(found, files={lora.CONFIG_FILE: json.dumps(kept).encode()}).into(causal)
-    assert torch.equal(logits(other), logits(adapted(causal)))
 
 
 def test_adapters_that_the_model_does_not_run_with() -> None:
@@ -270,7 +249,7 @@ def test_adapters_that_would_not_come_back(causal: Backbone, monkeypatch: pytest
     """peft's own choice may be a pattern of modules (Gemma 4): refused before it is trained, not when it is loaded."""
     known = {"llama": r".*\.(q_proj|v_proj)"}
     monkeypatch.setattr("peft.tuners.lora.model.LoraModel.target_module_mapping", known)
-    with pytest.raises(BackboneError, match=r"not be loaded again: 'target_modules' must be .*; set lora_targets"):
+    with pytest.raises(BackboneError, match=r"not be loaded again: 'target_modules' .*; set lora_targets"):
         with_adapters(causal, rank=4, alpha=8.0, targets="default", seed=0)
 
 
@@ -300,12 +279,17 @@ def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-10], "is not a whole safetensors file .* cut off or damaged"),
+        (lambda data: data[:-10], "not a whole safetensors file"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "was changed since it was saved"),
-        (lambda _: b"", "is not a whole safetensors file"),
+        (lambda _: b"", "not a whole safetensors file"),
     ],
 )
 def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    about = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference").save(tmp_path)
+    config = (tmp_path / lora.CONFIG_FILE).read_text()
+    (tmp_path / lora.CONFIG_FILE).write_text(config.replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    with pytest.raises(PromptError, match=r"adapter_config.json was changed since it was saved"):
+        TrainedWeights.load(tmp_path, about)
     about = TrainedWeights.of(moved(causal), causal, train_backbone="full", keep="difference").save(tmp_path)
     file = tmp_path / DIFFERENCE_FILE
     file.write_bytes(damage(file.read_bytes()))
@@ -313,14 +297,6 @@ def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes
         TrainedWeights.load(tmp_path, about)
     file.unlink()
     with pytest.raises(FileError, match=f"cannot read .*{DIFFERENCE_FILE}"):
-        TrainedWeights.load(tmp_path, about)
-
-
-def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
-    about = TrainedWeights.of(adapted(causal), causal, train_backbone="lora", keep="difference").save(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
-    with pytest.raises(PromptError, match=r"adapter_config.json was changed since it was saved"):
         TrainedWeights.load(tmp_path, about)
 
 

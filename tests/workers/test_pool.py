@@ -17,8 +17,8 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
-from ptuning.backbone.placement.shards import Shards
 from ptuning.backbone.sources import LoadOptions
+from ptuning.backbone.weights import Shards
 from ptuning.errors import BackboneError, ConfigError, WorkerError
 from ptuning.progress import Interrupted, Progress
 from ptuning.workers.jobs import Job, JobResult, JobRun, JobSet

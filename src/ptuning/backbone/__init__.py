@@ -1,3 +1,3 @@
 """A Hugging Face language model: found, loaded, probed, run; alone imports transformers. It must not know prompts.
-Read first: ``sources``, ``loading``, ``backbone``, ``forward``, ``probes``, ``tokenizer``; then the room of placement.
+Read first: ``sources``, ``loading``, ``backbone``, ``forward``, ``probes``, ``tokenizer``.
 """

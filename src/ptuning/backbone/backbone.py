@@ -16,11 +16,7 @@ from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory, Seen
 from ptuning.backbone.layers import LayerOffsets, listen
-from ptuning.backbone.number_format import short_name
-from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights, run_on, sharing
-from ptuning.backbone.placement.quantized import format_of, keep_in_place
-from ptuning.backbone.placement.shards import Shards
-from ptuning.backbone.placement.stored import fingerprint, is_packed, is_wrapped
+from ptuning.backbone.number_format import format_of, keep_in_place, short_name
 from ptuning.backbone.probes import (
     BlockShape,
     DeepShape,
@@ -42,6 +38,17 @@ from ptuning.backbone.tokenizer import (
     longest_row,
     original_lengths,
     text_ends,
+)
+from ptuning.backbone.weights import (
+    Shards,
+    devices_of,
+    fingerprint,
+    is_offloaded,
+    is_packed,
+    is_wrapped,
+    number_of_weights,
+    run_on,
+    sharing,
 )
 from ptuning.errors import BackboneError
 from ptuning.files import Json
@@ -158,7 +165,7 @@ class Backbone:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hashes of the embedding table and of samples of every weight (:func:`~ptuning.backbone.placement.stored`)."""
+        """Hashes of the embedding table and of samples of every weight; see :mod:`ptuning.backbone.weights`."""
         _ = self._table_weight  # says so, if there is none
         return fingerprint(self.model, self._embedding, name=self.name)
 

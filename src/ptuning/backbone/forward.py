@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ptuning.backbone.attention import take_over
 from ptuning.backbone.layers import LayerOffsets, Walk, walking
-from ptuning.backbone.placement.devices import replace_forward
-from ptuning.backbone.placement.shards import is_spread, spread_product
+from ptuning.backbone.weights import is_spread, replace_forward, spread_product
 from ptuning.config import GenerationSettings
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind

@@ -16,12 +16,19 @@ import torch
 from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.layers import layers_of
-from ptuning.backbone.number_format import Chosen, automatic, short_name, warn_if_slow
-from ptuning.backbone.placement.quantized import asked_format, format_of, import_for
-from ptuning.backbone.placement.shards import Shards, check_launch, shard_layers, tensor_parallel
+from ptuning.backbone.number_format import (
+    ChosenDtype,
+    choose_dtype,
+    format_of,
+    import_quietly,
+    quantization_config,
+    short_name,
+    warn_if_slow,
+)
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import LoadOptions, check_no_revision, find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
+from ptuning.backbone.weights import Shards, check_launch, shard_layers, tensor_parallel
 from ptuning.errors import BackboneError, PTuningError, closest
 from ptuning.template.segments import Kind
 
@@ -57,8 +64,7 @@ def load_backbone(
     Args:
         name: A known name (``smollm2-135m``), a local folder, a GGUF file, or a hub id.
         dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the GPU's half precision, and
-            float32 elsewhere (:func:`~ptuning.backbone.number_format.automatic`); the backbone's ``dtype_reason`` says
-            why.
+            float32 elsewhere (:func:`~ptuning.backbone.number_format.choose_dtype`); ``dtype_reason`` says why.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``auto`` takes a GPU (CUDA, then Apple's) if there is one.
         device_map: Instead of a device, where each module goes, as transformers takes it: ``auto`` for all GPUs and
             then the memory, or a mapping from modules to devices, ``cpu`` and ``disk`` included.
@@ -132,15 +138,15 @@ def _loaded(folder: str, name: str, revision: str | None, asked: LoadOptions, pl
     return backbone
 
 
-def _number_format(name: str, asked: LoadOptions, config: PretrainedConfig, place: torch.device) -> Chosen:
+def _number_format(name: str, asked: LoadOptions, config: PretrainedConfig, place: torch.device) -> ChosenDtype:
     """Return the number format to load, or that of what is not quantised."""
     stored = format_of(config)
     if stored is not None and asked.quantize is not None:
         raise BackboneError(f"the backbone '{name}' is quantised already: {stored}; leave out quantize")
-    chosen = _chosen(asked.dtype) or automatic(place, quantize=asked.quantize is not None)
+    chosen = choose_dtype(asked.dtype, place, quantize=asked.quantize is not None)
     warn_if_slow(chosen.dtype, place)
     logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
-    import_for(stored)
+    import_quietly((stored or "").split(" ")[0])
     return chosen
 
 
@@ -248,7 +254,7 @@ def _load(
     if asked.shard == "tp":
         chosen["distributed_config"] = tensor_parallel(config, name=name)
     if asked.quantize is not None:
-        chosen["quantization_config"], needs = asked_format(asked.quantize, dtype=dtype), QUANTIZE_NEEDS
+        chosen["quantization_config"], needs = quantization_config(asked.quantize, dtype=dtype), QUANTIZE_NEEDS
     with _reading(name, needs=needs):
         model, info = auto.from_pretrained(
             folder,
@@ -342,11 +348,6 @@ def _devices() -> list[str]:
     """Return the devices that are there."""
     apple = ["mps"] if torch.backends.mps.is_available() else []
     return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *apple]
-
-
-def _chosen(name: str) -> Chosen | None:
-    """Return the number format that is asked for; None for ``auto``."""
-    return None if name == "auto" else Chosen(getattr(torch, name), "it was asked for")
 
 
 def _check_attention(name: str | None) -> None:

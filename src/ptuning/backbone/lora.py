@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Annotated
 
 import torch
+from pydantic import Field, StringConstraints
 from torch import Tensor, nn
 
 from ptuning.backbone.randomness import own_draws
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
-from ptuning.files import Unchecked, parse_json
+from ptuning.files import LARGEST, FileModel, parse_json, validate
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -25,8 +26,23 @@ PREFIX = "base_model.model."
 ADAPTER = "default"
 # The remedy for adapters that do not work: attention's linear modules take them in nearly every model.
 ADVICE = "set lora_targets to names of its other linear modules, such as q_proj,v_proj"
-# The form of peft's own name patterns. peft runs patterns from a file as regular expressions, so no others are read.
-PATTERN = re.compile(r"(\.\*\\\.)?\w+")
+# Syntax of peft's own name patterns. peft runs patterns from a file as regular expressions, so no others are read.
+Pattern = Annotated[str, StringConstraints(pattern=r"^(\.\*\\\.)?\w+$")]
+Rank = Annotated[int, Field(ge=1, le=LARGEST)]
+
+
+class AdapterConfig(FileModel):
+    """Keys of peft's config that are read: others could name code to be loaded. peft adapts linear modules and also
+    parameters that hold all experts of a layer; a module that stacks two others has a rank of its own.
+    """
+
+    target_modules: list[str]
+    target_parameters: list[str] | None = None
+    r: Rank
+    lora_alpha: int | float
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, int | float] | None = None
+    fan_in_fan_out: bool | None = None
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
@@ -51,9 +67,9 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
 
 def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
     """Return the config of a model's adapters as peft writes it, always the same bytes."""
-    found = model.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]  # put there by peft
-    found = {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
-    return (json.dumps({**found, "base_model_name_or_path": backbone}, indent=2, sort_keys=True) + "\n").encode()
+    config = model.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]  # put there by peft
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return (json.dumps({**config, "base_model_name_or_path": backbone}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
@@ -62,7 +78,8 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
     """
     try:
         with torch.device("meta"):  # shapes without memory: a damaged config may ask for any rank
-            _inject(model, _read_config(config))
+            saved = validate(AdapterConfig, parse_json(config.decode()), error=PromptError)
+            _inject(model, _peft().LoraConfig(**saved.model_dump(exclude_none=True), inference_mode=True))
     except (PromptError, TypeError, ValueError, RuntimeError) as error:
         raise PromptError(
             f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
@@ -82,7 +99,12 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
         raise PromptError(
             f"the saved adapters hold the key '{extra[0]}', which {type(model).__name__} has no place for"
         )
-    _fill(model, tensors)
+    for name, weight in list(model.named_parameters()):
+        if weight.is_meta:  # it gets the saved values, on the device of the layer that it belongs to
+            layer, (owner, _, key) = name.partition(".lora_")[0], name.rpartition(".")
+            device = next(other.device for other in model.get_submodule(layer).parameters() if not other.is_meta)
+            value = tensors[_saved_name(name)].to(device, weight.dtype, copy=True)
+            model.get_submodule(owner).register_parameter(key, nn.Parameter(value, requires_grad=False))
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
@@ -103,22 +125,11 @@ def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> Non
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of a model's adapters by the names under which peft saves them."""
-    return {saved_name(name): weight for name, weight in model.named_parameters() if ".lora_" in name}
+    return {_saved_name(name): weight for name, weight in model.named_parameters() if ".lora_" in name}
 
 
-def saved_name(name: str) -> str:
-    """Return the name under which peft saves the weight that a model with adapters calls ``name``."""
+def _saved_name(name: str) -> str:
     return PREFIX + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name)
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give adapters without memory the values that are saved, each on the device of the layer that it belongs to."""
-    for name, weight in list(model.named_parameters()):
-        if weight.is_meta:
-            layer, (owner, _, key) = name.partition(".lora_")[0], name.rpartition(".")
-            device = next(one.device for one in model.get_submodule(layer).parameters() if not one.is_meta)
-            value = tensors[saved_name(name)].to(device, weight.dtype, copy=True)
-            model.get_submodule(owner).register_parameter(key, nn.Parameter(value, requires_grad=False))
 
 
 def _inject(model: nn.Module, config: object) -> None:
@@ -132,45 +143,8 @@ def _inject(model: nn.Module, config: object) -> None:
             weight.data = weight.data.float()  # adapters are float32 for any backbone dtype, as slot vectors are
 
 
-def _read_config(config: bytes) -> object:
-    """Read only the keys of :data:`READ`, each with its type: other keys of a file could name code to be loaded."""
-    saved = Unchecked(parse_json(config.decode()), error=PromptError)
-    values = {name: saved.at(name) for name in READ}
-    given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
-    return _peft().LoraConfig(**given, inference_mode=True)
-
-
-def _scale(value: Unchecked) -> object:
-    value.number()
-    return value.value  # a whole number stays one
-
-
-def _by_pattern(read: Callable[[Unchecked], object]) -> Callable[[Unchecked], dict[str, object]]:
-    def read_all(value: Unchecked) -> dict[str, object]:
-        if not all(PATTERN.fullmatch(name) for name in value.mapping()):
-            raise value.wrong("numbers by names of modules")
-        return {name: read(one) for name, one in value.table().items()}
-
-    return read_all
-
-
-_RANK = functools.partial(Unchecked.whole, least=1)
-# The keys of peft's config that are read, and how. peft adapts linear modules and also parameters that hold all experts
-# of a layer; a module that stacks two others has a rank of its own.
-READ: Mapping[str, Callable[[Unchecked], object]] = {
-    "target_modules": Unchecked.texts,
-    "target_parameters": Unchecked.texts,
-    "r": _RANK,
-    "lora_alpha": _scale,
-    "rank_pattern": _by_pattern(_RANK),
-    "alpha_pattern": _by_pattern(_scale),
-    "fan_in_fan_out": Unchecked.flag,
-}
-REQUIRED = ("target_modules", "r", "lora_alpha")
-
-
 def check_peft() -> None:
-    """Raise a ConfigError if peft, which has the adapters, is not installed."""
+    """Raise a ConfigError if peft is not installed."""
     if find_spec("peft") is None:
         raise ConfigError(
             "adapters (lora) need the package peft; install it with: pip install 'ptuning[lora]' (or pip install peft)"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptuning.backbone.attention import HALF
 from ptuning.backbone.forward import Memory, Seen
 from ptuning.backbone.layers import LayerOffsets
-from ptuning.backbone.placement.quantized import format_of
+from ptuning.backbone.number_format import format_of
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind

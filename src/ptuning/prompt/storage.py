@@ -23,7 +23,7 @@ from pydantic import AllowInfNan, Field
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.placement.quantized import in_another_format
+from ptuning.backbone.number_format import in_another_format
 from ptuning.backbone.trained_weights import TrainedWeights, WeightsEntry
 from ptuning.config import DeepDtype
 from ptuning.engine.soft_prompt import DeepParams

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.backbone.placement.stored import stored_tensors
+from ptuning.backbone.weights import stored_tensors
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes, whole_passes

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.layers import layers_of, recomputing
-from ptuning.backbone.placement.devices import is_offloaded
 from ptuning.backbone.randomness import own_draws, seed_draws
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
+from ptuning.backbone.weights import is_offloaded
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import shared_tokens
 from ptuning.engine.forward import shares_prefix, target_logits

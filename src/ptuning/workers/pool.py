@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import torch
 
 from ptuning.backbone.number_format import short_name
-from ptuning.backbone.placement.shards import launched
 from ptuning.backbone.sources import LoadOptions
+from ptuning.backbone.weights import launched
 from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
 from ptuning.names import RUN_FILE

@@ -1,4 +1,4 @@
-"""Models that others own or that do not lie in one place: from memory, over several devices, and on the disk."""
+"""Weights: of models that others own, over several devices and on the disk; and their fingerprint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import _Asked
 from ptuning.backbone.layers import recomputing
 from ptuning.backbone.loading import load_backbone
-from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights
+from ptuning.backbone.weights import _unpacked, devices_of, is_offloaded, is_packed, number_of_weights, stored_tensors
 from ptuning.config import TrainConfig
 from ptuning.engine.batch import collate
 from ptuning.engine.forward import embed_inputs, forward_embeddings
+from ptuning.engine.memory import tensor_bytes
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
@@ -127,15 +129,6 @@ def test_what_is_no_model_of_transformers_is_refused() -> None:
         Backbone.from_model(torch.nn.DataParallel(model), tokenizer)  # type: ignore[arg-type]
     with pytest.raises(BackboneError, match=r"is no PreTrainedModel"):
         Backbone.from_model(tokenizer, model)  # type: ignore[arg-type]
-
-
-def test_a_model_in_memory_is_tried_as_a_loaded_one() -> None:
-    """What loading refuses is refused."""
-    import transformers
-
-    config = transformers.FNetConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
-    with pytest.raises(BackboneError, match="FNetForMaskedLM takes no attention_mask"):
-        Backbone.from_model(transformers.FNetForMaskedLM(config), make_tokenizer("bert"))
 
 
 @pytest.mark.parametrize("placed", [SPLIT, ALL_ON_DISK, {"": "cpu"}], ids=["one layer on disk", "all on disk", "cpu"])
@@ -290,10 +283,68 @@ def test_a_step_over_two_devices_without_a_gpu(places: tuple[str, str], tmp_path
     except ImportError as error:
         pytest.skip(f"this torch pretends no second device in the way that the test knows: {error}")
     program = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
-        "import tests.backbone.placement.test_devices as t\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "import tests.backbone.test_weights as t\n"
         "t.over_two_devices(*sys.argv[1:])\n"
     )
     with forked(program, *places, folder=tmp_path) as process:
         assert process.wait() == 0, process.err[-3000:]
         assert process.out.split() == [places[0], places[0], "cpu"]
+
+
+def in_bfloat16(weight: Tensor) -> bytes:
+    return weight.detach().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_the_fingerprint_of_plain_weights_is_the_one_that_prompts_have(backbone: Backbone) -> None:
+    """Prompts of every release say which backbone is theirs by it: it is written down here once more."""
+    (rows,) = backbone.model.get_input_embeddings().parameters()
+    table = hashlib.sha256(in_bfloat16(rows)).hexdigest()
+    samples = sorted(
+        hashlib.sha256(in_bfloat16(weight.reshape(-1)[:: max(1, weight.numel() // 256)])).hexdigest()
+        for weight in backbone.model.parameters()
+    )
+    assert backbone.fingerprint == f"{table[:16]}-{hashlib.sha256(''.join(samples).encode()).hexdigest()[:16]}"
+
+
+class Packed:
+    """A weight of codes and scales, as packages for quantised weights make them."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.codes, self.scales = codes, scales
+
+    def __tensor_flatten__(self) -> tuple[list[str], object]:
+        return ["codes", "scales"], None
+
+
+def test_a_packed_weight_is_opened() -> None:
+    codes, scales = torch.ones(4, 2, dtype=torch.int8), torch.ones(4)
+    inner: Any = Packed(codes, scales)
+    assert list(_unpacked(inner)) == [codes, scales]
+    outer: Any = Packed(inner, scales)
+    assert list(_unpacked(outer)) == [codes, scales, scales]
+
+
+def test_the_bytes_of_a_plain_model_are_those_of_its_weights(backbone: Backbone) -> None:
+    weights = [*backbone.model.parameters(), *backbone.model.buffers()]
+    assert tensor_bytes(stored_tensors(backbone.model)) == tensor_bytes(weights)
+
+
+def test_only_weights_that_are_codes_are_packed(causal: Backbone) -> None:
+    """A model that was made whole again on loading keeps the config of its folder."""
+    assert not is_packed(causal.model)
+    before = causal.fingerprint
+    causal.model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert not is_packed(causal.model)
+    del causal.__dict__["fingerprint"]
+    assert causal.fingerprint == before
+    codes = torch.ones(2, dtype=torch.uint8)
+    causal.model.register_buffer("codes", codes)
+    assert is_packed(causal.model)
+    del causal.__dict__["fingerprint"]
+    packed = causal.fingerprint
+    assert packed.split("-")[0] == before.split("-")[0]
+    assert packed != before
+    codes += 1
+    del causal.__dict__["fingerprint"]
+    assert causal.fingerprint not in (before, packed)
