@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import load_records, raw_rows, read_rows, with_fields
+from ptuning.data.reading import as_read, load_records, raw_rows, with_fields
 from ptuning.data.splits import split_questions
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
@@ -67,14 +67,6 @@ def test_what_separates_a_csv_is_seen_in_its_first_rows(text: str, columns: list
     assert list(raw_rows(text.encode(), name="a.csv").columns) == columns
 
 
-def test_a_mixed_csv_is_named_with_its_line() -> None:
-    """Most rows decide, so that a row with another mark is an error, and no row of one cell."""
-    with pytest.raises(RecordError, match=r"a\.csv, line 3: 1 cells, and the header has 2 .*by semicolons"):
-        read_rows(b"x;y\n1;2\n3,4\n", name="a.csv")
-    with pytest.raises(RecordError, match=r"line 2: 3 cells, .*separated by commas"):
-        read_rows(b"x,y\nhello, you,1\n", name="a.csv")
-
-
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"x": ["Kenya", "Peru"], "n": [1, None], "ok": [True, False], "many": [[1], [2]]})
@@ -109,59 +101,55 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", '{"x": "1"}\n\n{"x": ', r"a\.jsonl, line 3: not a JSON object \(.*\); each line must hold one"),
-        ("a.jsonl", '{"x": "1"}\n[1, 2]', r"a\.jsonl, line 2: a record must be an object with named fields, not list"),
-        ("a.json", '[{"x": "1"}, 7]', r"a\.json, record 2: a record must be an object with named fields, not int"),
+        ("a.jsonl", '{"x": "1"}\n\n{"x": ', r"a\.jsonl, line 3: not a JSON object"),
+        ("a.jsonl", '{"x": "1"}\n[1, 2]', r"a\.jsonl, line 2: .*not list"),
+        ("a.json", '[{"x": "1"}, 7]', r"a\.json, record 2: .*not int"),
         ("a.json", '[{"x": "1"}', r"a\.json: not valid JSON"),
         ("a.csv", 'x,y\n1,2\n"3\n4"\n', r"a\.csv, line 4: 1 cells, and the header has 2 columns"),
-        ("a.csv", "x,y\n1,2,3\n", r"a\.csv, line 2: 3 cells, and the header has 2 columns"),
+        ("a.csv", "x,y\nhello, you,1\n", r"line 2: 3 cells, .* 2 columns, separated by commas"),
+        # Most rows decide on the separator, so that a row with another one is an error, and no row of one cell.
+        ("a.csv", "x;y\n1;2\n3,4\n", r"a\.csv, line 3: 1 cells, and the header has 2 .*by semicolons"),
         ("a.csv", 'x,y\n1,"2', r"a\.csv, line 2: unexpected end of data"),
-        ("a.csv", 'x,y\n1,2\n3,"4\n5,6\n', r"line 4: unexpected .*; the row that begins in line 3 .* not closed"),
-        ("a.csv", 'x,y\n1,2\n3,"4\n5,"6"\n', r"line 4: .* expected after .*; the row that begins in line 3 .* twice"),
+        ("a.csv", 'x,y\n1,2\n3,"4\n5,6\n', "line 4: unexpected .*; the row that begins in line 3 .* not closed"),
+        ("a.csv", 'x,y\n1,2\n3,"4\n5,"6"\n', "line 4: .* expected after .*; the row that begins in line 3 .* twice"),
         ("a.csv", "x,y,x\n1,2,3\n", r"a\.csv, line 1: the column names x are there twice"),
         ("a.tsv", "x\ty\n1\n", r"a\.tsv, line 2: 1 cells"),
-        ("a.csv", b"x,y\n1,2\n3,\xe9\n", r"a\.csv, line 3: not UTF-8 text \(.*\); save the file as UTF-8"),
+        ("a.csv", b"x,y\n1,2\n3,\xe9\n", r"a\.csv, line 3: not UTF-8 text"),
         ("a.jsonl", b'{"x": "1"}\n\xff\xfe', r"a\.jsonl, line 2: not UTF-8 text"),
-        ("a.jsonl", '{"x": "\\ud83d"}', r"a\.jsonl, line 1: .*holds half a character"),
-        ("a.jsonl", "", r"a\.jsonl holds no records; it needs one record per line"),
-        ("a.jsonl", "\n \n", r"holds no records"),
-        ("a.json", "[]", r"holds no records"),
-        ("a.csv", "x,y\n", r"holds no records"),
-        ("a.csv", "", r"holds no records"),
+        ("a.jsonl", '{"x": "\\ud83d"}', r"a\.jsonl, line 1: .*half a character"),
+        ("a.jsonl", "", r"a\.jsonl holds no records"),
+        ("a.jsonl", "\n \n", "holds no records"),
+        ("a.json", "[]", "holds no records"),
+        ("a.csv", "x,y\n", "holds no records"),
+        ("a.csv", "", "holds no records"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_its_line(
+def test_mistakes_in_a_file_are_named_with_their_line(
     tmp_path: Path, name: str, data: str | bytes, message: str
 ) -> None:
     with pytest.raises(RecordError, match=message):
         load_records(write(tmp_path, name, data))
 
 
-def test_a_missing_file_suggests_its_neighbour_and_the_shipped_facts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("capital_train.jsonl", r"Did you mean 'capitals_train.*capitals:train\|dev\|test"),
+        ("no folder/a.jsonl", "no such data file"),
+        ("x" * 300 + ".jsonl", "no such data file"),
+        ("a\0b.jsonl", "no such data file"),
+        ("\udc80.jsonl", "not UTF-8"),
+        ("a.txt", r"cannot tell the format of .*a\.txt; .*\.jsonl, \.nd"),
+        ("folder.jsonl", r"cannot read .*folder\.jsonl"),
+        ("capitals", r"capitals:train\|dev\|test"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> None:
     write(tmp_path, "capitals_train.jsonl", "{}")
-    with pytest.raises(
-        FileError, match=r"no such data file: .*capital_train.jsonl\. Did you mean 'capitals_train"
-    ) as caught:
-        load_records(tmp_path / "capital_train.jsonl")
-    assert "capitals:train|dev|test" in str(caught.value)
-    with pytest.raises(FileError, match="no such data file"):
-        load_records(tmp_path / "no folder" / "a.jsonl")
-
-
-@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl"])
-def test_what_can_be_no_path_is_a_missing_file_too(name: str) -> None:
-    with pytest.raises(FileError, match="no such data file"):
-        load_records(name)
-
-
-def test_an_unknown_ending_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileError, match=r"cannot tell the format of .*a\.txt; a data file ends in one of \.jsonl, \.nd"
-    ):
-        load_records(write(tmp_path, "a.txt", "x"))
+    write(tmp_path, "a.txt", "x")
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(FileError, match=r"cannot read .*folder\.jsonl"):
-        load_records(tmp_path / "folder.jsonl")
+    with pytest.raises(FileError, match=message):
+        load_records(tmp_path / name)
 
 
 def test_shipped_facts() -> None:
@@ -169,16 +157,10 @@ def test_shipped_facts() -> None:
     assert train.name == "capitals:train"
     assert set(train[0]) == {"x", "y"}
     assert load_records("capitals:dev").sha256 != train.sha256
-    with pytest.raises(
-        FileError, match="'capitals:trian': the parts of shipped facts are train, dev, test, not 'trian'"
-    ):
+    with pytest.raises(FileError, match="train, dev, test, not 'trian'"):
         load_records("capitals:trian")
-    with pytest.raises(
-        FileError, match=r"no data file and no shipped facts named 'capitols:train'. Did you mean 'capitals'"
-    ):
+    with pytest.raises(FileError, match=r"'capitols:train'\. Did you mean 'capitals'"):
         load_records("capitols:train")
-    with pytest.raises(FileError, match="have three parts: capitals:train, capitals:dev, capitals:test"):
-        load_records("capitals")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +175,7 @@ def test_shipped_facts() -> None:
 def test_the_names_of_lama_and_of_classification_sets_are_known(
     row: dict[str, object], record: tuple[str, str]
 ) -> None:
-    (read,) = read_rows(json.dumps(row).encode(), name="a.jsonl")
+    (read,) = as_read(raw_rows(json.dumps(row).encode(), name="a.jsonl"))
     assert (read["x"], read["y"]) == record
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from ptuning.data.questions import Question, Questions, as_questions
-from ptuning.data.reading import load_records, read_rows
+from ptuning.data.reading import as_read, load_records, raw_rows
 from ptuning.data.splits import draw_few, draw_questions, draw_records, split_questions, with_few_choices
 from ptuning.errors import RecordError
 from ptuning.records import Record, Records, canonical_json
@@ -76,7 +76,7 @@ def test_records_with_the_same_input_stay_together(answer: str) -> None:
     """Also where the answer has another name: a copy of it left in the record must not tell inputs apart."""
     lines = "".join(json.dumps({"x": f"x{n // 3}", answer: f"y{n}"}) + "\n" for n in range(60))
     fields = {"y": "reply"} if answer == "reply" else None
-    records = as_questions(read_rows(lines.encode(), name="a.jsonl", fields=fields))
+    records = as_questions(as_read(raw_rows(lines.encode(), name="a.jsonl"), fields=fields))
     for seed in range(5):
         kept, held = split_questions(records, fraction=0.5, seed=seed)
         assert not {row.record["x"] for row in kept} & {row.record["x"] for row in held}

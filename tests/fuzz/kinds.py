@@ -33,7 +33,7 @@ from ptuning.data.checks import label_rows
 from ptuning.data.conversations import read_conversations
 from ptuning.data.lama import read_relations, split_relation
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import RawRows, as_read, raw_rows, read_rows
+from ptuning.data.reading import RawRows, as_read, raw_rows
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
 from ptuning.doctor import Answer, CheckedPrompt, Server, check_server, read_prompts
@@ -159,8 +159,8 @@ def conversations(draw: Draw) -> None:
     rows = draw(changed_json([draw(st.sampled_from(TALKS))]))
     listed = [("a.jsonl, line 1", row) for row in (rows if isinstance(rows, list) else [rows])]
     for ask in (False, True):
-        raw = RawRows(listed, name="a.jsonl", digest="", format="jsonl")
-        found = tried(read_conversations, raw, ask=ask)
+        raw = tried(RawRows, listed, name="a.jsonl", digest="", format="jsonl")
+        found = tried(read_conversations, raw, ask=ask) if raw is not None else None
         for one in found.questions if found is not None else ():
             turns = read_messages(one.record["messages"])
             assert turns == read_messages(write_messages(turns))
@@ -197,7 +197,8 @@ def parquet_files(draw: Draw) -> None:
 
 
 def _read_data(draw: Draw, name: str, data: bytes) -> None:
-    tried(read_rows, data, name=name, fields=draw(st.sampled_from((None, {"y": "label"}, {"": "x"}))))
+    fields = draw(st.sampled_from((None, {"y": "label"}, {"": "x"})))
+    tried(lambda: as_read(raw_rows(data, name=name), fields=fields))
     with folder() as path:
         write_bytes(path / name, data)
         tried(task(draw(st.sampled_from(shipped_names()))).read, path / name)
@@ -214,7 +215,7 @@ def inputs_to_answer(draw: Draw) -> None:
     data = draw(changed_bytes(draw(st.sampled_from(shapes))))
     fields = draw(st.sampled_from(({"x": ("x",)}, {"x": ("text", "x")}, {"x": ("x",), "y": ("y",)}, {})))
     found = tried(
-        raw_rows, data, name=draw(st.sampled_from(("standard input", "a.txt", "a.dat", "a.csv"))), asked=fields
+        raw_rows, data, name=draw(st.sampled_from(("standard input", "a.txt", "a.dat", "a.csv"))), columns=fields
     )
     records = tried(as_read, found) if found is not None else None
     if found is None or not records:

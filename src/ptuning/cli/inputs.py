@@ -242,18 +242,18 @@ def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> R
 
     task = prompt.task
     if task is not None:
-        asked: dict[str, Sequence[str]] = {name: (name,) for name in task.columns}
+        columns: dict[str, Sequence[str]] = {name: (name,) for name in task.columns}
     else:
         given = {**prompt.fields, **fields_of(field)}
-        asked = {name: (given.get(name, name), name, *ALIASES.get(name, ())) for name in prompt.template.fields}
+        columns = {name: (given.get(name, name), name, *ALIASES.get(name, ())) for name in prompt.template.fields}
     if data == "-":
         typed = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
-        return raw_rows(typed, name=STANDARD_INPUT, asked=asked)
+        return raw_rows(typed, name=STANDARD_INPUT, columns=columns)
     from ptuning.data.sources import DataReader
 
     with terminal.waiting(f"reading {data}"):
         place = data if task is None else DataReader(task, fields_of(field)).find(data, part="test")
-        return load_rows(place, asked=asked)
+        return load_rows(place, columns=columns)
 
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:

@@ -8,7 +8,7 @@ OpenAI's interface.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from ptuning.records import TARGET_FIELD, References, check_text, clean, scalar
 from ptuning.template.language import CONVERSATION_FIELD
 from ptuning.template.messages import ASSISTANT, SYSTEM, USER, ChatMessage, read_messages, write_messages
 
-RawRow = Mapping[str, object]
-# What roles are called.
+# Names of roles in data.
 ROLES = {
     "user": USER, "human": USER, "assistant": ASSISTANT, "gpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
     "system": SYSTEM, "developer": SYSTEM,
@@ -43,21 +42,21 @@ class Shape:
     """A form of data.
 
     Args:
-        name: What it is called.
+        name: Its name.
         keys: The keys of its rows; the last one holds the answer, unless it is the only one.
-        more: Keys that rows may have besides.
-        read: A row -> its parts, in order.
+        more: Keys that rows may have besides; ``input`` is part of the question.
+        turn_keys: The keys of role and content, if rows are lists of turns.
         manual: The template of data that is no conversation, with the fields of a row; None if it always is one.
     """
 
     name: str
     keys: tuple[str, ...]
-    more: tuple[str, ...]
-    read: Callable[[RawRow], Iterator[ChatPart]]
+    more: tuple[str, ...] = (SYSTEM,)
+    turn_keys: tuple[str, ...] = ()
     manual: str | None = None
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def needed(self) -> tuple[str, ...]:
         """The keys that a row without an answer has."""
         return self.keys[:-1] or self.keys
 
@@ -67,14 +66,35 @@ class Shape:
         return f"{self.name} ({', '.join(self.keys)})"
 
 
+ALPACA = Shape(
+    "alpaca",
+    ("instruction", "output"),
+    ("input", SYSTEM, "history"),
+    manual="### Instruction:\n{instruction}\n\n### Response:\n[Y]",
+)
+SHAPES: tuple[Shape, ...] = (
+    Shape("openai", (CONVERSATION_FIELD,), turn_keys=("role", "content")),
+    Shape("sharegpt", ("conversations",), turn_keys=("from", "value")),
+    ALPACA,
+    Shape(
+        "ChatGLM's chat",
+        ("prompt", "response"),
+        (SYSTEM, "history"),
+        manual="Question: {prompt}\nAnswer: [Y]",
+    ),
+    Shape("ChatGLM's texts", ("content", "summary"), manual="{content}\nSummary: [Y]"),
+    Shape("facts", ("x", TARGET_FIELD)),
+)
+
+
 def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
-    """Return the form of rows by the keys of the first one; if they are to ``ask``, answers may be missing. Raises a
-    RecordError that says what was looked for, and the keys found.
+    """Return the form of rows by the keys of the first one; if they are to ``ask``, answers may be missing. A
+    RecordError names the known forms and the keys of the row.
     """
     where, first = next(iter(rows), (rows.name, None))
     if first is None:
         raise RecordError(f"{rows.name} holds no records; it needs one conversation per record")
-    known = next((shape for shape in SHAPES if {*first}.issuperset(shape.asked if ask else shape.keys)), None)
+    known = next((shape for shape in SHAPES if {*first}.issuperset(shape.needed if ask else shape.keys)), None)
     if known is None:
         forms = ", ".join(shape.described for shape in SHAPES)
         raise RecordError(
@@ -84,64 +104,61 @@ def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
     return known
 
 
-def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Iterator[ChatPart]]:
-    """Return the reader of a list of turns under a key; they may use the other form's names as well."""
-
-    def read(row: RawRow) -> Iterator[ChatPart]:
-        value = row.get(key)
-        if isinstance(value, str) and (TARGET_FIELD in row or _list_of(value) is None):
-            # A text alone, or a record as this package has it: the turns before one answer.
-            yield from (
-                ChatPart(turn.role, turn.content, key, learned=False) for turn in read_messages(value, where=key)
-            )
-            if row.get(TARGET_FIELD):
-                yield ChatPart(ASSISTANT, _answer(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
-            return
-        value = _list_of(value) if isinstance(value, str) else value
-        if not isinstance(value, list | tuple):
-            raise RecordError(f"{key} is {shown(value)}, and must be a list of turns")
-        for at, turn in enumerate(value):
-            place = f"{key}[{at}]"
-            if not isinstance(turn, Mapping):
-                raise RecordError(f"{place} is {shown(turn)}, and must be an object with {role_key} and {content_key}")
-            forms = ((role_key, content_key), ("role", "content"), ("from", "value"))
-            names = next((form for form in forms if form[0] in turn), forms[0])
-            missing = [name for name in names if name not in turn]
-            if missing:
-                raise RecordError(f"{place} has no '{missing[0]}'; its keys: {', '.join(map(str, turn)) or 'none'}")
-            role = ROLES.get(str(turn[names[0]]).lower())
-            if role is None:
-                raise RecordError(f"{place}.{names[0]} is {shown(turn[names[0]])}; known roles are {', '.join(ROLES)}")
-            is_learned = turn.get("loss", True) is not False and turn.get("weight", 1) != 0
-            yield ChatPart(role, _text(turn[names[1]], f"{place}.{names[1]}"), f"{place}.{names[1]}", is_learned)
-        if row.get(SYSTEM):
-            yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
-
-    return read
+def _parts(shape: Shape, row: Mapping[str, object]) -> Iterator[ChatPart]:
+    """Yield the texts of a row, in order."""
+    if shape.turn_keys:
+        yield from _turns(shape, row)
+    if row.get(SYSTEM):
+        yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
+    if shape.turn_keys:
+        return
+    history = row.get("history") or ()
+    if isinstance(history, str):
+        history = () if history.strip() == "[]" else _list_of(history)
+    if not isinstance(history, list | tuple):
+        raise RecordError(f"history is {shown(row['history'])}, and must be a list of [question, answer]")
+    for at, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RecordError(f"history[{at}] is {shown(pair)}, and must be [question, answer]")
+        # Each answer of ChatGLM's histories has its own row.
+        for place, (role, learned) in enumerate(((USER, True), (ASSISTANT, shape is ALPACA))):
+            key = f"history[{at}][{place}]"
+            yield ChatPart(role, _text(pair[place], key), key, learned)
+    question, answer = shape.keys
+    inputs = (question, "input") if "input" in shape.more else (question,)
+    texts = [_text(row.get(key), key) for key in inputs if row.get(key) not in (None, "")]
+    yield ChatPart(USER, "\n".join(texts), question)
+    if answer in row:
+        yield ChatPart(ASSISTANT, _answer(row[answer], answer), answer)
 
 
-def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], Iterator[ChatPart]]:
-    """Return the reader of rows with a question under keys, its ``answer``, and perhaps a system text and a history."""
-
-    def read(row: RawRow) -> Iterator[ChatPart]:
-        if row.get(SYSTEM):
-            yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
-        history = row.get("history") or ()
-        if isinstance(history, str):
-            history = () if history.strip() == "[]" else _list_of(history)
-        if not isinstance(history, list | tuple):
-            raise RecordError(f"history is {shown(row['history'])}, and must be a list of [question, answer]")
-        for at, pair in enumerate(history):
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise RecordError(f"history[{at}] is {shown(pair)}, and must be [question, answer]")
-            yield ChatPart(USER, _text(pair[0], f"history[{at}][0]"), f"history[{at}][0]")
-            yield ChatPart(ASSISTANT, _text(pair[1], f"history[{at}][1]"), f"history[{at}][1]", learns_history)
-        texts = [_text(row.get(key), key) for key in keys if row.get(key) not in (None, "")]
-        yield ChatPart(USER, "\n".join(texts), keys[0])
-        if answer in row:
-            yield ChatPart(ASSISTANT, _answer(row[answer], answer), answer)
-
-    return read
+def _turns(shape: Shape, row: Mapping[str, object]) -> Iterator[ChatPart]:
+    """Yield the turns of a list; they may use the other form's names as well."""
+    (key,) = shape.keys
+    value = row.get(key)
+    turns = _list_of(value) if isinstance(value, str) else value
+    if isinstance(value, str) and (TARGET_FIELD in row or turns is None):
+        # A text alone, or a record as this package has it: the turns before one answer.
+        yield from (ChatPart(turn.role, turn.content, key, learned=False) for turn in read_messages(value, where=key))
+        if row.get(TARGET_FIELD):
+            yield ChatPart(ASSISTANT, _answer(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
+        return
+    if not isinstance(turns, list | tuple):
+        raise RecordError(f"{key} is {shown(turns)}, and must be a list of turns")
+    for at, turn in enumerate(turns):
+        place = f"{key}[{at}]"
+        if not isinstance(turn, Mapping):
+            raise RecordError(f"{place} is {shown(turn)}, and must be an object with {' and '.join(shape.turn_keys)}")
+        forms = (shape.turn_keys, ("role", "content"), ("from", "value"))
+        role_key, content_key = names = next((form for form in forms if form[0] in turn), forms[0])
+        missing = [name for name in names if name not in turn]
+        if missing:
+            raise RecordError(f"{place} has no '{missing[0]}'; its keys: {', '.join(map(str, turn)) or 'none'}")
+        role = ROLES.get(str(turn[role_key]).lower())
+        if role is None:
+            raise RecordError(f"{place}.{role_key} is {shown(turn[role_key])}; known roles are {', '.join(ROLES)}")
+        is_learned = turn.get("loss", True) is not False and turn.get("weight", 1) != 0
+        yield ChatPart(role, _text(turn[content_key], f"{place}.{content_key}"), f"{place}.{content_key}", is_learned)
 
 
 def _list_of(text: str) -> list[object] | None:
@@ -150,11 +167,8 @@ def _list_of(text: str) -> list[object] | None:
         values: object = parse_json(text) if text.lstrip().startswith("[") else None
     except ValueError:
         return None
-    return (
-        values
-        if isinstance(values, list) and values and all(isinstance(item, dict | list) for item in values)
-        else None
-    )
+    is_list = isinstance(values, list) and values and all(isinstance(item, dict | list) for item in values)
+    return values if is_list else None  # type: ignore[return-value]  # a list
 
 
 def _answer(value: object, key: str) -> str:
@@ -171,11 +185,9 @@ def _answer(value: object, key: str) -> str:
 def _text(value: object, key: str) -> str:
     """Return a content as text, without the white space around it; parts of the type text are joined."""
     if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
-        kinds = [str(item.get("type")) for item in value]
-        if set(kinds) != {"text"}:
-            raise RecordError(
-                f"{key} has parts of the type {', '.join(sorted({*kinds} - {'text'}))}; only text is read"
-            )
+        kinds = {str(item.get("type")) for item in value}
+        if kinds != {"text"}:
+            raise RecordError(f"{key} has parts of the type {', '.join(sorted(kinds - {'text'}))}; only text is read")
         value = "".join(str(item["text"]) for item in value if item.get("text") is not None)
     plain = scalar(value)
     if plain is None and value is not None:
@@ -183,31 +195,6 @@ def _text(value: object, key: str) -> str:
     text = plain if isinstance(plain, str) else "" if plain is None else json.dumps(plain)
     check_text(text, where=key, what="it")
     return text.strip()
-
-
-CHATGLM_ROW = _asked("prompt", answer="response", learns_history=False)  # each answer of a history has its own row
-SHAPES: tuple[Shape, ...] = (
-    Shape("openai", (CONVERSATION_FIELD,), (SYSTEM,), _listed(CONVERSATION_FIELD, "role", "content")),
-    Shape("sharegpt", ("conversations",), (SYSTEM,), _listed("conversations", "from", "value")),
-    Shape(
-        "alpaca",
-        ("instruction", "output"),
-        ("input", SYSTEM, "history"),
-        _asked("instruction", "input", answer="output", learns_history=True),
-        "### Instruction:\n{instruction}\n\n### Response:\n[Y]",
-    ),
-    Shape(
-        "ChatGLM's chat", ("prompt", "response"), (SYSTEM, "history"), CHATGLM_ROW, "Question: {prompt}\nAnswer: [Y]"
-    ),
-    Shape(
-        "ChatGLM's texts",
-        ("content", "summary"),
-        (SYSTEM,),
-        _asked("content", answer="summary", learns_history=False),
-        "{content}\nSummary: [Y]",
-    ),
-    Shape("facts", ("x", TARGET_FIELD), (SYSTEM,), _asked("x", answer=TARGET_FIELD, learns_history=False)),
-)
 
 
 @dataclass(frozen=True)
@@ -251,7 +238,10 @@ def read_conversations(
     its answer if there is one. Errors as for :func:`load_conversations`.
     """
     if fields:
-        named = [(where, renamed(row, _there(row, fields), where=where)) for where, row in rows]
+        named = [
+            (where, renamed(row, {new: old for new, old in fields.items() if old in row}, where=where))
+            for where, row in rows
+        ]
         rows = RawRows(named, name=rows.name, digest=rows.sha256, format=rows.format)
     shape = recognise(rows, ask=ask)
     pairs: list[tuple[Question, Row]] = []
@@ -281,55 +271,48 @@ def system_text(questions: Questions) -> str | None:
     return next(iter(texts), None)
 
 
-def _there(row: Mapping[str, object], fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the new names of keys that a row has."""
-    return {new: old for new, old in fields.items() if old in row}
-
-
 def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool) -> Iterator[Question]:
     """Yield a question for each answer of a conversation, or for its last question."""
-    missing = [key for key in (shape.asked if ask else shape.keys) if key not in row]
+    missing = [key for key in (shape.needed if ask else shape.keys) if key not in row]
     if missing:
         raise RecordError(f"no '{missing[0]}', as the first record has; its keys: {', '.join(map(str, row)) or 'none'}")
-    parts = list(shape.read(row))
-    system, said = _checked(parts, ask=ask)
+    parts = list(_parts(shape, row))
+    systems, turns = ([part for part in parts if (part.role == SYSTEM) == is_system] for is_system in (True, False))
+    _check(systems, turns, ask=ask)
+    if systems and systems[0].key != SYSTEM and parts[0] is not systems[0]:
+        raise RecordError(f"{systems[0].key} is a system text after other turns; it must come first")
     own = (*shape.keys, *shape.more, CONVERSATION_FIELD, TARGET_FIELD)
     record = {name: text for name, text in clean(row, where=where).items() if name not in own}
-    if system is not None:
-        record[SYSTEM] = system
-    turns = [ChatMessage(part.role, part.content) for part in said]
+    if systems:
+        record[SYSTEM] = systems[0].content
+    messages = [ChatMessage(part.role, part.content) for part in turns]
     if ask:
-        last = max(at for at, part in enumerate(said) if part.role == USER)
-        record[CONVERSATION_FIELD] = write_messages(turns[: last + 1])
-        if last + 1 < len(said) and said[-1].content:
-            record[TARGET_FIELD] = said[-1].content
+        last = max(at for at, part in enumerate(turns) if part.role == USER)
+        record[CONVERSATION_FIELD] = write_messages(messages[: last + 1])
+        if last + 1 < len(turns) and turns[-1].content:
+            record[TARGET_FIELD] = turns[-1].content
         yield Question(record, where=where)
         return
-    for at, part in enumerate(said):
+    for at, part in enumerate(turns):
         if part.role == ASSISTANT and part.learned:
-            fields = {CONVERSATION_FIELD: write_messages(turns[:at]), TARGET_FIELD: part.content}
+            fields = {CONVERSATION_FIELD: write_messages(messages[:at]), TARGET_FIELD: part.content}
             yield Question({**record, **fields}, group=where, where=where)
 
 
-def _checked(parts: Sequence[ChatPart], *, ask: bool) -> tuple[str | None, list[ChatPart]]:
-    """Return the system text, and the turns of user and assistant; a RecordError names the key that is wrong."""
-    systems = [part for part in parts if part.role == SYSTEM]
-    said = [part for part in parts if part.role != SYSTEM]
+def _check(systems: Sequence[ChatPart], turns: Sequence[ChatPart], *, ask: bool) -> None:
+    """Check system texts and the turns of user and assistant; a RecordError names the key that is wrong."""
     if len(systems) > 1:
         raise RecordError(
             f"two system texts, {systems[0].key} and {systems[1].key}; a conversation has one, at its beginning"
         )
-    if systems and systems[0].key != SYSTEM and parts[0] is not systems[0]:
-        raise RecordError(f"{systems[0].key} is a system text after other turns; it must come first")
-    if not said:
+    if not turns:
         raise RecordError("a conversation without turns")
-    for at, part in enumerate(said):
+    for at, part in enumerate(turns):
         if part.role != (ASSISTANT if at % 2 else USER):
-            what = "the first turn must be the user's" if not at else "user and assistant take turns"
-            raise RecordError(f"{part.key} is a turn of the {part.role}, and {what}")
-    for part in (*systems, *said):
+            rule = "the first turn must be the user's" if not at else "user and assistant take turns"
+            raise RecordError(f"{part.key} is a turn of the {part.role}, and {rule}")
+    for part in (*systems, *turns):
         if not part.content and not (ask and part.role == ASSISTANT):
             raise RecordError(f"{part.key} is empty")
-    if said[-1].role == USER and not ask:
-        raise RecordError(f"the conversation ends with the user ({said[-1].key}); there is no answer to learn")
-    return (systems[0].content if systems else None), said
+    if turns[-1].role == USER and not ask:
+        raise RecordError(f"the conversation ends with the user ({turns[-1].key}); there is no answer to learn")

@@ -26,27 +26,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Row = tuple[str, Mapping[str, object]]  # file and line, and the row as the file has it
+Columns = Mapping[str, Sequence[str]]  # field -> the names that its column may have in a file
 SPLITS = ("train", "dev", "test")
 # A cell of a table may hold a whole document.
 MAX_CELL_CHARACTERS = 2**31 - 1
 # Ending of a data file -> its format.
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 SUFFIXES = tuple(FORMATS)
-TEXT_SUFFIX = ".txt"
 # Separators of CSV cells, and the number of rows by which they are detected.
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SNIFFED_ROWS = 20
 PARQUET_MARK = b"PAR1"
 # A Parquet file of a megabyte can hold a value once and say that it is repeated a hundred million times. Limit, and
-# estimates of what a row and a value take as Python objects.
+# estimates of the memory of a row and a value as Python objects.
 MAX_PARQUET_BYTES = 4 * 2**30
 ROW_BYTES, VALUE_BYTES = 400, 64
 
 logger = logging.getLogger(__name__)
-
-
-# Field -> the names that it may have in a file.
-Asked = Mapping[str, Sequence[str]]
 
 
 class RawRows(list[Row]):
@@ -78,7 +74,7 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None,
     Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
     is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``. ``fields`` maps new names of
     fields to those in the file, such as ``{"y": "answer"}``. The cells of a .csv file are separated by commas,
-    semicolons or tabs, which its first rows tell. A list of texts as the target, or in the field ``target`` that will
+    semicolons or tabs, as its first rows show. A list of texts as the target, or in the field ``target`` that will
     be it later, are references.
 
     Raises:
@@ -95,28 +91,36 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None,
     return records
 
 
-def load_rows(source: str | Path, *, asked: Asked | None = None) -> RawRows:
-    """Read a data file or shipped facts as :func:`raw_rows` does. A file with another ending is an error, unless it is
-    known for which fields it is ``asked``. Errors as for :func:`load_records`.
+def load_rows(source: str | Path, *, columns: Columns | None = None) -> RawRows:
+    """Read a data file or shipped facts as :func:`raw_rows` does. A file with another ending is an error, unless the
+    ``columns`` to read are known. Errors as for :func:`load_records`.
     """
-    path = Path(source)
+    path, facts = Path(source), shipped_names()
     exists = os.path.exists(path)  # unlike Path.exists, False for a name that cannot be a path
     if not exists and ":" in str(source) and not path.suffix:
-        return _shipped_rows(str(source))
+        name, _, split = str(source).partition(":")
+        if name not in facts:
+            raise FileError(
+                f"no data file and no shipped facts named '{source}'.{closest(name, facts)} Shipped: {_listed(facts)}"
+            )
+        if split not in SPLITS:
+            raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
+        rows = raw_rows((_facts_folder() / name / f"{split}.jsonl").read_bytes(), name=f"{source}.jsonl")
+        rows.name = str(source)
+        return rows
     try:
         str(source).encode("utf-8")
     except UnicodeEncodeError as error:  # every record that names its data would fail
         raise FileError(f"the name of the data file {str(source)!r} is not UTF-8 text; rename it") from error
+    if not exists and path.name in facts:
+        raise FileError(f"no such data file: {source}. The shipped facts of that name are {_listed([path.name])}")
     if not exists:
-        raise FileError(f"no such data file: {source}.{_hint(path)}")
-    if asked is None and path.suffix.lower() not in SUFFIXES:
+        siblings = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
+        hint = closest(path.name, siblings)
+        raise FileError(f"no such data file: {source}.{hint} Shipped facts: {_listed(facts)}")
+    if columns is None and path.suffix.lower() not in SUFFIXES:
         raise FileError(f"cannot tell the format of {source}; a data file ends in one of {', '.join(SUFFIXES)}")
-    return raw_rows(read_bytes(path), name=str(source), asked=asked)
-
-
-def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> Records:
-    """Parse the bytes of a data file as :func:`raw_rows` does, into records."""
-    return as_read(raw_rows(data, name=name), fields=fields)
+    return raw_rows(read_bytes(path), name=str(source), columns=columns)
 
 
 def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None, target: str | None = None) -> Records:
@@ -125,8 +129,8 @@ def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None, target: s
     """
     fields = fields or {}
     target = fields.get(TARGET_FIELD, target or TARGET_FIELD)
-    read = [_renamed(clean(row, where=where, target=target), fields, where=where) for where, row in rows]
-    return Records(read, name=rows.name, digest=rows.sha256, places=[where for where, _ in rows], fields=fields)
+    records = [renamed(clean(row, where=where, target=target), fields, where=where) for where, row in rows]
+    return Records(records, name=rows.name, digest=rows.sha256, places=[where for where, _ in rows], fields=fields)
 
 
 def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
@@ -135,38 +139,78 @@ def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
     """
     if not fields:
         return records
-    rows = [_renamed(dict(row), {new: old for new, old in fields.items() if old in row}, where="") for row in records]
+    rows = [renamed(row, {new: old for new, old in fields.items() if old in row}, where="") for row in records]
     names = {**fields, **records.fields}
     return Records(rows, name=records.name, digest=records.sha256, places=records.places, fields=names)
 
 
-def raw_rows(data: bytes, *, name: str, asked: Asked | None = None) -> RawRows:
-    """Parse the bytes of a data file; its format follows from the ending of ``name``. For any other it is JSONL; or,
-    if it is known for which fields it is ``asked`` and which names each may have in the file, what the content looks
-    like: JSONL, a JSON array, a table, Parquet, or lines of text for the one field (which .txt always is).
+def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where: str) -> dict[str, T]:
+    """Return a record with ``fields`` (new name -> name in the file) under their new names only, so that no copy of an
+    answer is left; a RecordError if one is missing.
+    """
+    moved: dict[str, Any] = {}
+    for new, old in (fields or {}).items():
+        if old not in record:
+            known = ", ".join(sorted(record)) or "no fields"
+            raise RecordError(f"{where}: no field '{old}' to use as '{new}'; it has {known}")
+        value = record[old]
+        moved[new] = value.strip() if new == TARGET_FIELD and isinstance(value, str) else value
+    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | moved
+
+
+def raw_rows(data: bytes, *, name: str, columns: Columns | None = None) -> RawRows:
+    """Parse the bytes of a data file. The ending of ``name`` decides the format. For any other it is JSONL; or, if the
+    ``columns`` to read are known, the format that the content looks like: JSONL, a JSON array, a table, Parquet, or
+    lines of text for the one field (which .txt always is).
 
     Returns (file and line, row as the file has it) pairs; raises a RecordError with both if a row cannot be read.
     """
     suffix, digest = Path(name).suffix.lower(), sha256(data)
-    kind = FORMATS.get(suffix) or ("text" if suffix == TEXT_SUFFIX else None)
-    if kind == "parquet" or (kind is None and asked is not None and data.startswith(PARQUET_MARK)):
+    kind = FORMATS.get(suffix) or ("text" if suffix == ".txt" else None)
+    if kind == "parquet" or (kind is None and columns is not None and data.startswith(PARQUET_MARK)):
         table = ((f"{name}, row {number}", row) for number, row in enumerate(parquet_rows(data, name=name), start=1))
         return RawRows(table, name=name, digest=digest, format="parquet")
-    text = _text(data, name)
-    if asked is None:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecordError(f"{name}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    if columns is None:
         kind = "jsonl" if kind in (None, "text") else kind
     elif kind is None:
-        kind = _format_of(text, asked)
+        kind = _format_of(text, columns)
     if kind in ("csv", "tsv"):
         delimiter = "\t" if kind == "tsv" else _delimiter(text)
-        rows, columns = _delimited_rows(text, name, delimiter, quoted=kind == "csv")
-        return RawRows(rows, name=name, digest=digest, format=kind, delimiter=delimiter, columns=columns)
+        rows, header = _delimited_rows(text, name, delimiter, quoted=kind == "csv")
+        return RawRows(rows, name=name, digest=digest, format=kind, delimiter=delimiter, columns=header)
     if kind == "text":
-        rows, column = _text_rows(text, name, asked or {})
+        if columns is None or len(columns) != 1:
+            wanted = f"the fields {', '.join(columns)}" if columns else "no field"
+            raise RecordError(
+                f"{name} holds lines of text, which fill one field, and {wanted} would be read; give a CSV with names "
+                "of columns in its first line, or JSONL"
+            )
+        ((column, *_),) = columns.values()
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
+        while lines and not lines[-1].strip():
+            lines.pop()
+        rows = [(f"{name}, line {number}", {column: line}) for number, line in enumerate(lines, start=1)]
         return RawRows(rows, name=name, digest=digest, format="text", columns=[column])
-    is_array = kind == "json" and text.lstrip().startswith("[")
-    rows = _array_rows(text, name) if is_array else _json_line_rows(text, name)
-    return RawRows(rows, name=name, digest=digest, format="json" if is_array else "jsonl")
+    if kind == "json" and text.lstrip().startswith("["):
+        try:
+            rows = [(f"{name}, record {number}", row) for number, row in enumerate(parse_json(text), start=1)]
+        except ValueError as error:
+            raise RecordError(f"{name}: not valid JSON ({error})") from error
+        return RawRows(rows, name=name, digest=digest, format="json")
+    rows = []
+    # Only "\n" ends a line: JSON strings may hold other line separators, at which str.splitlines would cut.
+    for number, content in enumerate(text.split("\n"), start=1):
+        where = f"{name}, line {number}"
+        try:
+            rows += [(where, parse_json(content))] if content.strip() else []
+        except ValueError as error:
+            raise RecordError(f"{where}: not a JSON object ({error}); each line must hold one") from error
+    return RawRows(rows, name=name, digest=digest, format="jsonl")
 
 
 def shipped_facts() -> dict[str, dict[str, object]]:
@@ -175,73 +219,22 @@ def shipped_facts() -> dict[str, dict[str, object]]:
     return facts
 
 
-def _facts_folder() -> Traversable:
-    return resources.files("ptuning.data") / "facts"
-
-
-def _shipped_rows(source: str) -> RawRows:
-    name, _, split = source.partition(":")
-    known = shipped_names()
-    if name not in known:
-        raise FileError(
-            f"no data file and no shipped facts named '{source}'.{closest(name, known)} Shipped: {_names()}"
-        )
-    if split not in SPLITS:
-        raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
-    data = (_facts_folder() / name / f"{split}.jsonl").read_bytes()
-    rows = raw_rows(data, name=f"{source}.jsonl")
-    rows.name = source
-    return rows
-
-
 def shipped_names() -> list[str]:
     """Return the names of shipped facts; ``NAME:split`` is data."""
     return list(shipped_facts())
 
 
-def _names() -> str:
-    return ", ".join(f"{name}:train|dev|test" for name in sorted(shipped_names()))
+def _facts_folder() -> Traversable:
+    return resources.files("ptuning.data") / "facts"
 
 
-def _hint(path: Path) -> str:
-    if path.name in shipped_names():
-        return f" The shipped facts of that name have three parts: {path.name}:train, {path.name}:dev, {path.name}:test"
-    neighbours = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-    return closest(path.name, neighbours) + f" Shipped facts: {_names()}"
+def _listed(facts: Iterable[str]) -> str:
+    return ", ".join(f"{name}:{'|'.join(SPLITS)}" for name in sorted(facts))
 
 
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RecordError(f"{name}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-
-
-def _json_line_rows(text: str, name: str) -> list[Row]:
-    rows = []
-    # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            rows.append((where, parse_json(line)))
-        except ValueError as error:
-            raise RecordError(f"{where}: not a JSON object ({error}); each line must hold one") from error
-    return rows
-
-
-def _array_rows(text: str, name: str) -> list[Row]:
-    try:
-        return [(f"{name}, record {number}", row) for number, row in enumerate(parse_json(text), start=1)]
-    except ValueError as error:
-        raise RecordError(f"{name}: not valid JSON ({error})") from error
-
-
-def _format_of(text: str, asked: Asked) -> str:
-    """Return the format of a text that has no name to tell it. A text may begin with a bracket as well, but hardly as a
-    list of objects does; and a line of text may have a comma, but hardly names of columns.
+def _format_of(text: str, columns: Columns) -> str:
+    """Return the format of a text without an ending that names it. A text may begin with a bracket as well, but hardly
+    as a list of objects does; and a line of text may have a comma, but hardly names of columns.
     """
     start = text.lstrip()
     if start.startswith("{"):
@@ -250,17 +243,17 @@ def _format_of(text: str, asked: Asked) -> str:
         return "json"
     for kind, delimiter in (("csv", _delimiter(text)), ("tsv", "\t")):
         (header, *rows), is_whole = _sample(text, delimiter, quoted=kind == "csv")
-        is_asked = all({*names} & {*header} for names in asked.values())
+        has_columns = all({*names} & {*header} for names in columns.values())
         are_names = len({*header}) == len(header) > 1 and all(re.fullmatch(r"\w[\w.-]*", name) for name in header)
         is_even = is_whole and {len(row) for row in rows} == {len(header)}
-        if rows and (is_asked or (are_names and is_even)):
+        if rows and (has_columns or (are_names and is_even)):
             return "tsv" if delimiter == "\t" else kind
     return "text"
 
 
 def _delimiter(text: str) -> str:
-    """Return what separates the cells of a CSV: of :data:`DELIMITERS` the one that makes the most columns, first of all
-    with as many cells in at least half of the first rows; without such, one column or the most names in the header.
+    """Return the separator of the cells of a CSV: of :data:`DELIMITERS` the one that makes the most columns, first of
+    all with as many cells in at least half of the first rows; without such, one column or the most names in the header.
     """
 
     def rank(delimiter: str) -> tuple[int, int]:
@@ -306,15 +299,14 @@ def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tu
         read = reader.line_num
         for cells in reader:
             read = reader.line_num
-            if not cells:
-                continue
-            if len(cells) != len(header):
+            where = f"{name}, line {read}"
+            if cells and len(cells) != len(header):
                 remedy = "; put a text that has one in it in quotation marks" if quoted else ""
                 raise RecordError(
-                    f"{name}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)} columns, "
-                    f"separated by {DELIMITERS[delimiter]}{remedy}"
+                    f"{where}: {len(cells)} cells, and the header has {len(header)} columns, separated by "
+                    f"{DELIMITERS[delimiter]}{remedy}"
                 )
-            rows.append((f"{name}, line {reader.line_num}", dict(zip(header, cells, strict=True))))
+            rows += [(where, dict(zip(header, cells, strict=True)))] if cells else []
     except csv.Error as error:
         remedy = (
             f"; the row that begins in line {read + 1} has a quotation mark that is not closed, or one inside of a "
@@ -325,43 +317,8 @@ def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tu
     return rows, header
 
 
-def _text_rows(text: str, name: str, asked: Asked) -> tuple[list[Row], str]:
-    """Return one row per line for the one field that is asked for, and its name; empty lines at the end are none."""
-    if len(asked) != 1:
-        wanted = f"the fields {', '.join(asked)}" if asked else "no field"
-        raise RecordError(
-            f"{name} holds lines of text, which fill one field, and {wanted} would be read; give a CSV with names of "
-            "columns in its first line, or JSONL"
-        )
-    (names,) = asked.values()
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return [(f"{name}, line {number}", {names[0]: line}) for number, line in enumerate(lines, start=1)], names[0]
-
-
-def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where: str) -> dict[str, T]:
-    """Return a record with ``fields`` (new name -> name in the file) under their new names only, so that no copy of an
-    answer is left; a RecordError if one is missing.
-    """
-    moved = {}
-    for new, old in (fields or {}).items():
-        if old not in record:
-            raise RecordError(
-                f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
-            )
-        moved[new] = record[old]
-    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | moved
-
-
-def _renamed(record: Mapping[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    moved = renamed(record, fields, where=where)
-    return {name: text.strip() if name == TARGET_FIELD else text for name, text in moved.items()}
-
-
 def parquet_rows(data: bytes, *, name: str) -> list[Mapping[str, object]]:
-    """Return the rows of a Parquet file. A date or time that Python has no value for is text, or None with a warning if
-    it is out of range.
+    """Return the rows of a Parquet file. A date or time that Python has no value for is None, with a warning.
 
     Raises:
         FileError: If pyarrow is missing.
@@ -400,46 +357,21 @@ def parquet_rows(data: bytes, *, name: str) -> list[Mapping[str, object]]:
 
 def _column_values(array: Array, where: str) -> list[object]:
     """Return the values of a column as Python's own."""
-    from pyarrow import DictionaryArray, types
+    from pyarrow import DictionaryArray
 
     if isinstance(array, DictionaryArray):
         values = _column_values(array.dictionary, where)
         return [None if at is None else values[at] for at in array.indices.to_pylist()]
-    is_fine = types.is_temporal(array.type) and getattr(array.type, "unit", None) == "ns"
     try:
-        if not is_fine:
-            listed: list[object] = array.to_pylist()
-            return listed
+        return list(array.to_pylist())
     except UnicodeDecodeError as error:
         raise RecordError(f"{where} holds text that is not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except (OverflowError, ValueError):  # Python's dates end with the year 9999
-        pass
-    listed = [_moment(scalar) for scalar in array]
-    lost = sum(value is None and scalar.is_valid for value, scalar in zip(listed, array, strict=True))
-    if lost:
-        logger.warning("%s: values out of range, which count as missing: %d (%s)", where, lost, array.type)
-    return listed
-
-
-def _moment(scalar: Any) -> object:
-    """Return a date, time or duration as Python's own, else as Arrow writes it; None for one out of range. Nanoseconds
-    become microseconds, which Python has, if none are lost.
-    """
-    from pyarrow import ArrowException, duration, string, time64, timestamp, types
-
-    kind = scalar.type
-    try:
-        if getattr(kind, "unit", None) != "ns":
-            return scalar.as_py()
-        is_date = types.is_timestamp(kind)
-        coarser = timestamp("us", kind.tz) if is_date else duration("us") if types.is_duration(kind) else time64("us")
-        return scalar.cast(coarser).as_py()
-    except (OverflowError, ValueError):
-        pass
-    try:
-        text: str = scalar.cast(string()).as_py()
-    except (ArrowException, ValueError):
-        return None
-    if types.is_duration(kind):
-        return f"{text} {kind.unit}"
-    return None if text.startswith("<value out of range") else text
+    except (OverflowError, ValueError):  # Python's dates end with the year 9999 and have no nanoseconds
+        values = []
+        for scalar in array:
+            try:
+                values.append(scalar.as_py())
+            except (OverflowError, ValueError):
+                values.append(None)
+        logger.warning("%s: dates or times out of range (%s) count as missing", where, array.type)
+        return values

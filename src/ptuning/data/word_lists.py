@@ -21,16 +21,20 @@ def read_words(source: str | Path, *, fields: Mapping[str, str] | None = None) -
     the words; or JSON: a list of words, a vocabulary (token -> id), or several of these by model. Of several, the words
     are taken that all have, as in the files of LAMA-29k and LAMA-34k. ``fields`` renames fields of data (new -> old).
     """
-    renamed = {new: old for new, old in (fields or {}).items() if new == TARGET_FIELD}
-    lists = [] if renamed or not os.path.exists(source) else _lists(Path(source))
-    words = _shared(lists) if lists else targets_of(load_records(source, fields=renamed))
-    if not words:
+    target = {new: old for new, old in (fields or {}).items() if new == TARGET_FIELD}
+    lists = [] if target or not os.path.exists(source) else _lists(Path(source))
+    if lists:
+        first, *others = [dict.fromkeys(word.strip() for word in words) for words in lists]
+        shared = [word for word in first if word and all(word in other for other in others)]
+    else:
+        shared = targets_of(load_records(source, fields=target))
+    if not shared:
         several = " that all its models share" if len(lists) > 1 else ""
         raise FileError(
             f"{source} holds no words{several}; give a .txt file with one per line, JSON lists, or data with "
             f"{TARGET_FIELD}"
         )
-    return tuple(words)
+    return tuple(shared)
 
 
 def targets_of(data: Sequence[Mapping[str, str]]) -> list[str]:
@@ -39,33 +43,24 @@ def targets_of(data: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _lists(path: Path) -> list[list[str]]:
+    """Return the lists of words in a file; none if it holds records, or is broken."""
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return _json_lists(path)
-    if suffix not in SUFFIXES:
-        return [read_text(path).splitlines()]
-    if suffix in (".csv", ".tsv"):
+        try:
+            value = parse_json(read_text(path))
+        except (ValueError, FileError):
+            return []
+        is_vocabulary = isinstance(value, dict) and all(isinstance(item, int) for item in value.values())
+        lists = list(value.values()) if isinstance(value, dict) and not is_vocabulary else [value]
+        if not all(isinstance(words, list | dict) for words in lists):
+            return []
+        if not all(isinstance(word, str | int) for words in lists for word in words):
+            return []
+        # Byte-level and SentencePiece vocabularies write the space before a word as a sign of its own.
+        return [[str(word).lstrip("\u0120\u2581") for word in words] for words in lists]
+    if suffix not in SUFFIXES or suffix in (".csv", ".tsv"):
         lines = read_text(path).splitlines() or [""]
-        # One column without a target's name is a list of words.
+        # A table with one column is a list of words, unless the column has a target's name.
         is_table = any(mark in lines[0] for mark in DELIMITERS) or lines[0].strip('" ') in TARGETS
-        return [] if is_table else [lines]
+        return [] if suffix in SUFFIXES and is_table else [lines]
     return []
-
-
-def _json_lists(path: Path) -> list[list[str]]:
-    try:
-        found = parse_json(read_text(path))
-    except (ValueError, FileError):
-        return []  # a record on each line, or broken
-    lists = list(found.values()) if isinstance(found, dict) else [found]
-    if isinstance(found, dict) and all(isinstance(one, int) for one in lists):
-        lists = [found]
-    if not all(isinstance(one, list | dict) and all(isinstance(word, str | int) for word in one) for one in lists):
-        return []
-    # Byte-level and SentencePiece vocabularies write the space in front of a word as a sign of its own.
-    return [[str(word).lstrip("\u0120\u2581") for word in one] for one in lists]
-
-
-def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
-    first, *others = [dict.fromkeys(word.strip() for word in one) for one in lists]
-    return [word for word in first if word and all(word in other for other in others)]
