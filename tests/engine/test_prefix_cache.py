@@ -269,9 +269,9 @@ def test_parts_with_gradients_are_put_together_as_constant_ones() -> None:
     drawn = torch.Generator().manual_seed(0)
     parts = {name: torch.randn(2, 2, 3, length, 4, generator=drawn) for name, length in (("a", 5), ("b", 2), ("c", 1))}
     names = ["b", "b", "a", "none", "c", "a"]
-    plain = PastKeyValues.of(parts, names)
+    plain = PastKeyValues.of([parts.get(name) for name in names])
     own = {name: part.clone().requires_grad_() for name, part in parts.items()}
-    found = PastKeyValues.of(own, names)
+    found = PastKeyValues.of([own.get(name) for name in names])
     assert torch.equal(found.mask, plain.mask)
     for ours, theirs in zip(found.layers, plain.layers, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -106,13 +106,10 @@ def collate(examples: Sequence[Example], learned: PromptBatch, *, pad_side: Side
         counts=tuple(len(example.logit_positions) for example in examples),
         shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, learned),
         encoder_tokens=split,
-        unread=unread_of_blocks(examples) if hidden else (),
+        unread=tuple(tuple(at for at in example.unread if at < example.begun) for example in examples)
+        if hidden
+        else (),
     )
-
-
-def unread_of_blocks(examples: Sequence[Example]) -> tuple[Ids, ...]:
-    """Return for each row which columns of what its prompt brings in front it does not read."""
-    return tuple(tuple(at for at in one.unread if at < one.begun) for one in examples)
 
 
 def shared_tokens(examples: Sequence[Example], learned: PromptBatch | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.backbone.layers import LayerOffsets
-from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens, unread_of_blocks
+from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens
 from ptuning.engine.memory import in_parts
 from ptuning.engine.prefix_cache import PastKeyValues, PrefixCache, drop_prefix
 from ptuning.engine.soft_prompt import PromptBatch
@@ -49,15 +49,18 @@ def layer_offsets(batch: Batch, learned: PromptBatch) -> LayerOffsets | None:
     return LayerOffsets(batch.slot_rows[deep], batch.slot_cols[deep], table[numbers[deep].to(table.device)])
 
 
-def prefix_past(
-    learned: PromptBatch, rows: int, unread: Sequence[Ids] = (), *, dtype: torch.dtype | None = None
+def past_key_values(
+    backbone: Backbone, learned: PromptBatch, prefixes: Sequence[Tensor | None], unread: Sequence[Ids] = ()
 ) -> PastKeyValues | None:
-    """Return the keys and values that prompts bring in front of B rows, of which each does not read some; None if they
-    bring none.
+    """Return the keys and values before rows, of which each does not read some: cached ones of its ``prefixes``,
+    (L, 2, H, C, D), else those that its prompt has learned. None if there are none.
     """
-    own = learned.blocks(rows) if learned.has_blocks else []
-    parts = {one[0]: one[1].to(dtype) for one in own if one is not None}
-    return PastKeyValues.of(parts, [-1 if one is None else one[0] for one in own]).hiding(unread) if parts else None
+    parts = list(prefixes)
+    if learned.has_blocks:
+        blocks = learned.blocks(len(parts))
+        converted = {id(block): block.to(backbone.dtype) for block in blocks if block is not None}
+        parts = [converted.get(id(block)) if part is None else part for part, block in zip(parts, blocks, strict=True)]
+    return None if all(part is None for part in parts) else PastKeyValues.of(parts).hiding(unread)
 
 
 @dataclass(frozen=True)
@@ -134,27 +137,29 @@ def forward(
     Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share runs
     once, unless all keys and values are to be kept (``keep``). Logits and gradients are the same but for rounding.
     """
-    past = None
+    prefixes: Sequence[Tensor | None] = ()
     if cache is not None and cache.is_used and not backbone.model.training:
         texts = [cache.ids_of(example) for example in examples]
-        if any(texts):
-            parts: dict[Hashable, Tensor] = dict(cache.find(dict.fromkeys(ids for ids in texts if ids)).items())
-            names: list[Hashable] = list(texts)
-            for row, block in enumerate(learned.blocks(len(examples))):
-                if block is not None:
-                    names[row], parts[block[0]] = block[0], block[1].to(backbone.dtype)
-            past = PastKeyValues.of(parts, names).hiding(unread_of_blocks(examples))
-            examples = [drop_prefix(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
-    return forward_batch(backbone, collate(examples, learned, pad_side=pad_side), learned, past=past, keep=keep)
+        parts = cache.find(dict.fromkeys(ids for ids in texts if ids))
+        prefixes = [parts.get(ids) for ids in texts]
+        examples = [drop_prefix(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
+    batch = collate(examples, learned, pad_side=pad_side)
+    return forward_batch(backbone, batch, learned, prefixes=prefixes, keep=keep)
 
 
 def forward_batch(
-    backbone: Backbone, batch: Batch, learned: PromptBatch, *, past: PastKeyValues | None = None, keep: bool = False
+    backbone: Backbone,
+    batch: Batch,
+    learned: PromptBatch,
+    *,
+    prefixes: Sequence[Tensor | None] = (),
+    keep: bool = False,
 ) -> ForwardOutput:
-    """Run rows that are padded already; ``past`` and ``keep`` as for :func:`forward_embeddings`."""
+    """Run rows that are padded already, after the cached keys and values of their ``prefixes``, if any; ``keep`` as for
+    :func:`forward_embeddings`.
+    """
     batch = batch.to(backbone.device)
-    if past is None:
-        past = prefix_past(learned, len(batch.counts), batch.unread, dtype=backbone.dtype)
+    past = past_key_values(backbone, learned, prefixes or [None] * len(batch.counts), batch.unread)
     embeddings = embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch)
     offsets = layer_offsets(batch, learned)
     logits, memory = forward_embeddings(backbone, embeddings, batch, past=past, keep=keep, offsets=offsets)
@@ -162,7 +167,7 @@ def forward_batch(
 
 
 def _mask_with_past(past: PastKeyValues | None, mask: Tensor) -> Tensor:
-    """Return the mask of rows, (B, T) or (B, 1, T, T), behind what was read before: (B, C + T) or (B, 1, T, C + T)."""
+    """Return the mask of rows, (B, T) or (B, 1, T, T), with cached columns first: (B, C + T) or (B, 1, T, C + T)."""
     if past is None:
         return mask
     if mask.ndim == 2:
@@ -172,7 +177,7 @@ def _mask_with_past(past: PastKeyValues | None, mask: Tensor) -> Tensor:
 
 def forward_after_context(backbone: Backbone, same: Sequence[Batch], learned: PromptBatch) -> Iterator[Tensor]:
     """Run batches of one row each that begin alike, what they share once, and yield the logits of each, (N, V)."""
-    past = prefix_past(learned, 1, dtype=backbone.dtype)
+    past = past_key_values(backbone, learned, [None])
     shared, layers = min(batch.shared_tokens for batch in same), None
     for one in same:
         batch = replace(one, shared_tokens=shared).to(backbone.device)
@@ -246,24 +251,21 @@ def shared_prefix_tokens(backbone: Backbone, examples: Sequence[Example], learne
     return shared if shared and keeps_side and backbone.shares_prefix else 0
 
 
-def forward_packed(
-    backbone: Backbone, examples: Sequence[Example], learned: PromptBatch, beginning: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Run what is left of B rows behind a beginning that they share, for a backbone that
+def forward_packed(backbone: Backbone, examples: Sequence[Example], learned: PromptBatch, prefix: Tensor) -> Tensor:
+    """Run B rows after a prefix that they share in one sequence, without pads, for a backbone that
     :attr:`~ptuning.backbone.backbone.Backbone.branches`.
 
-    ``beginning`` has the keys and values of its C tokens, (1, H, C, D) each for every layer, which are not copied for
-    each row. Returns the logits at the scored positions, (N, V) float32, row by row.
+    ``prefix`` are its keys and values, (L, 2, H, C, D), which are not copied for each row. Returns the logits at the
+    scored positions, (N, V) float32, row by row.
     """
-    begun = beginning[0][0].shape[2]
-    batch = _packed(collate(examples, learned), begun).to(backbone.device)
+    batch = _packed(collate(examples, learned), prefix.shape[3]).to(backbone.device)
     logits, _ = backbone.run(
         embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch),
         mask=batch.mask,
         positions=batch.positions,
         rows=batch.logit_rows,
         cols=batch.logit_cols,
-        memory=Memory.of(beginning),
+        memory=Memory.of(PastKeyValues.of([prefix]).layers),
         offsets=layer_offsets(batch, learned),
     )
     return logits

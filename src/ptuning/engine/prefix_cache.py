@@ -7,9 +7,9 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import IO, NamedTuple, TypeVar, cast
+from typing import IO, NamedTuple, cast
 
 import psutil
 import torch
@@ -34,12 +34,11 @@ SPARED_DISK_BYTES = 2 << 30
 FILES = 64
 
 OnCached = Callable[[int, int], None]
-Key = TypeVar("Key", bound=Hashable)
 
 
 class PastKeyValues(NamedTuple):
     """Keys and values before B rows, (B, H, C, D) each for every layer, and the mask over them, (B, C) int64; each row
-    has ``tokens`` of them in front, (B, 1) int64, read or not.
+    has ``tokens`` of them before it, (B, 1) int64, whether it reads them or not.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -47,27 +46,32 @@ class PastKeyValues(NamedTuple):
     tokens: Tensor
 
     @classmethod
-    def of(cls, parts: Mapping[Key, Tensor], names: Sequence[Key]) -> PastKeyValues:
-        """Return the keys and values of the texts that rows name, (L, 2, H, C, D) each; a row whose name has none reads
-        nothing. Shorter texts get pads on the left, so that all end in the same column.
+    def of(cls, parts: Sequence[Tensor | None]) -> PastKeyValues:
+        """Return the keys and values before each of B rows, (L, 2, H, C, D) or None, which not all are; rows can share
+        a tensor. Shorter ones are padded on the left, so that all end in the same column.
         """
-        some = max(parts.values(), key=lambda part: part.shape[3])
-        layers, two, heads, width, depth = some.shape
-        mask = torch.zeros(len(names), width, dtype=torch.int64, device=some.device)
-        if len(set(names)) == 1:
-            whole = some[:, :, None].expand(layers, two, len(names), heads, width, depth)  # nothing is copied
-            mask[:] = 1
+        longest = max((part for part in parts if part is not None), key=lambda part: part.shape[3])
+        layers, two, heads, width, depth = longest.shape
+        starts = [width if part is None else width - part.shape[3] for part in parts]
+        mask = torch.zeros(len(parts), width, dtype=torch.int64, device=longest.device)
+        for row, start in enumerate(starts):
+            mask[row, start:] = 1
+        if all(part is longest for part in parts):
+            whole = longest[:, :, None].expand(layers, two, len(parts), heads, width, depth)  # nothing is copied
+        elif any(part is not None and part.requires_grad for part in parts):
+            # Rows copied into place one by one would copy the gradient of all rows for each.
+            padded = {
+                id(part): pad(longest[:, :, :, :0] if part is None else part, (0, 0, start, 0))
+                for part, start in zip(parts, starts, strict=True)
+            }
+            runs = [(key, len(list(rows))) for key, rows in itertools.groupby(map(id, parts))]
+            copies = [padded[key][:, :, None].expand(-1, -1, count, -1, -1, -1) for key, count in runs]
+            whole = torch.cat(copies, dim=2)
         else:
-            starts = [width - parts[name].shape[3] if name in parts else width for name in names]
-            for row, start in enumerate(starts):
-                mask[row, start:] = 1
-            if any(part.requires_grad for part in parts.values()):
-                whole = _joined(parts, names, width)
-            else:
-                whole = some.new_zeros(layers, two, len(names), heads, width, depth)
-                for row, start in enumerate(starts):
-                    if start < width:
-                        whole[:, :, row, :, start:] = parts[names[row]]
+            whole = longest.new_zeros(layers, two, len(parts), heads, width, depth)
+            for row, (part, start) in enumerate(zip(parts, starts, strict=True)):
+                if part is not None:
+                    whole[:, :, row, :, start:] = part
         return cls([(keys, values) for keys, values in whole], mask, mask.sum(dim=1, keepdim=True))
 
     def hiding(self, unread: Sequence[Ids]) -> PastKeyValues:
@@ -78,17 +82,6 @@ class PastKeyValues(NamedTuple):
         for row, columns in enumerate(unread):
             mask[row, [starts[row] + column for column in columns]] = 0
         return self._replace(mask=mask)
-
-
-def _joined(parts: Mapping[Key, Tensor], names: Sequence[Key], width: int) -> Tensor:
-    """Return the parts that B rows name, padded on the left, (L, 2, B, H, C, D). Their gradients pass in one go: those
-    of rows that are copied into place one by one would copy the gradient of all rows for each.
-    """
-    none = torch.zeros_like(next(iter(parts.values()))[:, :, :, :0])
-    found = {name: parts.get(name, none) for name in names}
-    whole = {name: pad(part, (0, 0, width - part.shape[3], 0)) for name, part in found.items()}
-    runs = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
-    return torch.cat([whole[name][:, :, None].expand(-1, -1, count, -1, -1, -1) for name, count in runs], dim=2)
 
 
 class OnDisk(NamedTuple):
@@ -323,11 +316,11 @@ def cacheable_ids(example: Example) -> Ids:
 
 
 def drop_prefix(example: Example, start: int) -> Example:
-    """Return a row without its first ``start`` tokens."""
+    """Return a row without its first ``start`` tokens and slots."""
     return replace(
         example,
         token_ids=example.token_ids[start:],
-        slot_positions=tuple(position - start for position in example.slot_positions),
+        slot_positions=tuple(position - start for position in example.slot_positions if position >= start),
         logit_positions=tuple(position - start for position in example.logit_positions),
         unread=tuple(position - start for position in example.unread),
     )

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
 from ptuning.engine.forward import MIN_SAVED_TOKENS, ForwardOutput, forward_batch
-from ptuning.engine.prefix_cache import PastKeyValues, cacheable_ids, free_bytes
+from ptuning.engine.prefix_cache import cacheable_ids, drop_prefix, free_bytes
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PTuningError
 from ptuning.template.encode import Example, TokenizedTemplate
@@ -91,12 +91,8 @@ class ModelRow:
         """Return the row after its prefix, and the learned parameters for it."""
         if not tokens:
             return self.example, self.prompt.learned
-        slots = tuple(position - tokens for position in self.example.slot_positions if position >= tokens)
-        scored = tuple(position - tokens for position in self.example.logit_positions)
-        example = replace(
-            self.example, token_ids=self.example.token_ids[tokens:], slot_positions=slots, logit_positions=scored
-        )
-        return example, self.prompt.learned.parts(len(self.prompt.learned.vectors) - len(slots))[1]
+        example = drop_prefix(self.example, tokens)
+        return example, self.prompt.learned.parts(len(self.prompt.learned.vectors) - len(example.slot_positions))[1]
 
     def prefix(self, tokens: int) -> tuple[Example, PromptBatch]:
         """Return the prefix as a row of its own, of which the last position is scored: a head may fail on none."""
@@ -196,20 +192,13 @@ class PrefixStore:
             while self.bytes > self.limit:
                 self.bytes -= self._kept.popitem(last=False)[1].nbytes
 
-    def past(self, rows: Sequence[ModelRow], lengths: Sequence[int]) -> PastKeyValues:
-        """Return the keys and values of each row's prefix, of these lengths (:meth:`lengths`; not all are 0), or those
-        that its prompt learned for a row without.
-        """
-        keys = [row.key(size) if size else b"" for row, size in zip(rows, lengths, strict=True)]
+    def prefixes(self, rows: Sequence[ModelRow], lengths: Sequence[int]) -> list[Tensor | None]:
+        """Return the keys and values of each row's prefix of these lengths (:meth:`lengths`); None for 0."""
         parts: dict[PrefixKey, Tensor] = {}
-        for at, (row, size) in enumerate(zip(rows, lengths, strict=True)):
-            (block,) = row.prompt.learned.blocks(1) if not size else (None,)
-            if block is not None:
-                keys[at] = b"block" + row.prompt.digest
-                parts[keys[at]] = block[1].to(self._backbone.dtype)
-            elif size and keys[at] not in parts:
-                parts[keys[at]] = self._get(keys[at], row, size)
-        return PastKeyValues.of(parts, keys)
+        for row, size in zip(rows, lengths, strict=True):
+            if size and row.key(size) not in parts:
+                parts[row.key(size)] = self._get(row.key(size), row, size)
+        return [parts[row.key(size)] if size else None for row, size in zip(rows, lengths, strict=True)]
 
     def _get(self, key: PrefixKey, row: ModelRow, size: int) -> Tensor:
         part = self._kept.get(key)

@@ -531,18 +531,19 @@ class Runner:
     ) -> ForwardOutput:
         """Run rows of one side in one pass, each after its cached prefix."""
         examples, learned = self._rest(rows, plan.cached)
-        past = self.store.past(rows, plan.cached) if any(plan.cached) else None
+        prefixes = self.store.prefixes(rows, plan.cached)
         self.passes += 1
         wants = self.store.wants(rows)
         batch = collate(examples, learned, pad_side=pad_side)
-        output = forward_batch(self.backbone, batch, learned, past=past, keep=keep or wants)
+        output = forward_batch(self.backbone, batch, learned, prefixes=prefixes, keep=keep or wants)
         if wants:
             self.store.store(rows, output)
         return output if keep else replace(output, memory=None)
 
     def _forward_packed(self, rows: Sequence[ModelRow], plan: BatchPlan) -> Tensor:
         examples, learned = self._rest(rows, plan.cached)
-        prefix = self.store.past(rows[:1], plan.cached[:1]).layers
+        (prefix,) = self.store.prefixes(rows[:1], plan.cached[:1])
+        assert prefix is not None
         self.passes += 1
         return forward_packed(self.backbone, examples, learned, prefix)
 

@@ -155,12 +155,12 @@ class PromptBatch:
         """Whether rows of a prompt stand behind keys and values that it brings."""
         return any(one is not None and one.block is not None for one in self.deep)
 
-    def blocks(self, rows: int) -> list[tuple[int, Tensor] | None]:
-        """Return for each of B rows the number of its prompt and the block that it brings, (L, 2, K, C, D)."""
-        owners = [0] * rows if self.rows is None else self.rows
-        found = [one.block if one is not None else None for one in self.deep] or [None] * (max(owners, default=0) + 1)
-        own = [(owner, found[owner]) for owner in owners]
-        return [None if block is None else (owner, block) for owner, block in own]
+    def blocks(self, rows: int) -> list[Tensor | None]:
+        """Return for each of B rows the keys and values before it that its prompt has learned, (L, 2, K, C, D)."""
+        blocks = [None if deep is None else deep.block for deep in self.deep]
+        if not blocks:
+            return [None] * rows
+        return blocks * rows if self.rows is None else [blocks[owner] for owner in self.rows]
 
     def offsets(self) -> tuple[Tensor, Tensor] | None:
         """Return what deep slots add, (N, L - 1, H), and for each of the P slots its row there, (P,) int64, -1 for one

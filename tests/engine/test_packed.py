@@ -18,6 +18,14 @@ from tests.conftest import bound, learned
 TEMPLATES = ("{x} [P*2] so [Y]", "{x} [P:It was] a good [P] [Y]", "{x} is [Y]", "{x} [P*3] [Y]")
 
 
+def prefix_of(backbone: Backbone, example: Example) -> torch.Tensor:
+    """Return the keys and values of a row."""
+    nothing = PromptBatch.none(backbone.width)
+    memory = forward_batch(backbone, collate([example], nothing), nothing, keep=True).memory
+    assert memory is not None
+    return torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0]
+
+
 @torch.no_grad()
 def test_rows_side_by_side_are_whole_rows(causal: Backbone) -> None:
     """Rows of four prompts behind one text, of different lengths, with slots and targets of several tokens."""
@@ -32,11 +40,9 @@ def test_rows_side_by_side_are_whole_rows(causal: Backbone) -> None:
     rows = [*examples, plain]
     assert len({row.token_ids[:shared] for row in rows}) == 1
     beginning = Example(rows[0].token_ids[:shared], (), (shared - 1,), (), 0)
-    nothing = PromptBatch.none(causal.width)
-    memory = forward_batch(causal, collate([beginning], nothing), nothing, keep=True).memory
-    assert memory is not None
+    prefix = prefix_of(causal, beginning)
     left = [drop_prefix(row, shared) for row in rows]
-    found = forward_packed(causal, left, brought, memory.layers)
+    found = forward_packed(causal, left, brought, prefix)
     expected = torch.cat([target_logits(causal, [row], brought.take([at])) for at, row in enumerate(rows)])
     assert torch.allclose(found, expected, atol=1e-4)
 
@@ -45,13 +51,9 @@ def test_rows_side_by_side_are_whole_rows(causal: Backbone) -> None:
 def test_a_row_does_not_read_its_neighbour(causal: Backbone) -> None:
     """Other tokens in one row change nothing in the other."""
     nothing = PromptBatch.none(causal.width)
-    beginning = forward_batch(
-        causal, collate([Example((5, 6, 7), (), (2,), (), 0)], nothing), nothing, keep=True
-    ).memory
-    assert beginning is not None
-    layers = [(keys.clone(), values.clone()) for keys, values in beginning.layers]
+    prefix = prefix_of(causal, Example((5, 6, 7), (), (2,), (), 0))
     one, other = Example((8, 9), (), (1,), (), 0), Example((10, 11, 12), (), (2,), (), 0)
-    first = forward_packed(causal, [one, other], nothing, layers)
-    second = forward_packed(causal, [one, replace(other, token_ids=(13, 14, 12))], nothing, layers)
+    first = forward_packed(causal, [one, other], nothing, prefix)
+    second = forward_packed(causal, [one, replace(other, token_ids=(13, 14, 12))], nothing, prefix)
     assert torch.allclose(first[0], second[0], atol=1e-5)
     assert first[1].tolist() != pytest.approx(second[1].tolist(), abs=1e-4)
