@@ -32,7 +32,7 @@ from benchmarks.material import backbone_of, every
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.sources import LoadOptions
 from ptuning.config import TrainConfig
-from ptuning.experiment.lama import lama
+from ptuning.experiment.suites import lama
 from ptuning.files import write_json_lines
 from ptuning.workers.pool import WorkerConfig, connected
 

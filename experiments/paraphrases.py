@@ -22,8 +22,8 @@ import ptuning
 from ptuning.config import listed_names
 from ptuning.data.lama import Relation, read_relations
 from ptuning.errors import RecordError
-from ptuning.experiment.lama import relation_job
-from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
+from ptuning.experiment.comparison import Comparison, Options
+from ptuning.experiment.suites import relation_job
 from ptuning.files import write_text
 from ptuning.metrics import primary
 from ptuning.report.results_file import Results
@@ -48,19 +48,21 @@ def paraphrases(
     limit: int | None = None,
     split_seed: int = 0,
     fields: Mapping[str, str] | None = None,
-    **options: Unpack[PlanOptions],
+    **options: Unpack[Options],
 ) -> dict[str, Wordings]:
     """Run the comparison and return relation -> scores of its wordings, at most ``wordings`` of each relation.
 
     A relation with fewer than two usable wordings is left out with a warning; a RecordError if all are.
     """
-    plan = Plan.of("lama", **options)
+    comparison = Comparison.of("lama", **options)
     patterns: dict[str, dict[str, str]] = {}
     jobs = []
     for relation in read_relations(data, which=listed_names(relations), fields=fields):
-        usable = usable_wordings(relation, kind=plan.backbone.kind)[:wordings]
+        usable = usable_wordings(relation, kind=comparison.backbone.kind)[:wordings]
         if len(usable) < 2:
-            logger.warning("%s: fewer than two wordings for a %s model; left out", relation.name, plan.backbone.kind)
+            logger.warning(
+                "%s: fewer than two wordings for a %s model; left out", relation.name, comparison.backbone.kind
+            )
             continue
         patterns[relation.name] = {f"{relation.name}.{at:02d}": text for at, text in enumerate(usable, start=1)}
         # Without the relation's label, which would help every wording alike. All wordings have the same facts.
@@ -68,16 +70,16 @@ def paraphrases(
         every = [template for pair in pairs for template in pair]
         jobs += [
             relation_job(
-                relation, pair, backbone=plan.backbone, name=name, limit=limit, seed=split_seed, templates=every
+                relation, pair, backbone=comparison.backbone, name=name, limit=limit, seed=split_seed, templates=every
             )
             for name, pair in zip(patterns[relation.name], pairs, strict=True)
         ]
     if not jobs:
         raise RecordError(f"{data}: no relation has two wordings; they are read from paraphrases/RELATION.jsonl")
     settings = {"data": str(data), "wordings": wordings, "limit": limit, "split_seed": split_seed}
-    results = run_jobs(jobs, plan=plan, settings=settings)
+    results = comparison.run(jobs, settings=settings)
     found = {relation: compared(results, tasks) for relation, tasks in patterns.items()}
-    write_text(plan.out / "wordings.md", "\n".join(map(table, found.values())))
+    write_text(comparison.out / "wordings.md", "\n".join(map(table, found.values())))
     return found
 
 

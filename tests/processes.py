@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 # What they need beside that.
 ALSO = (
-    "ptuning.cli.app", "ptuning.experiment.superglue", "ptuning.training.fleet",
+    "ptuning.cli.app", "ptuning.experiment.suites", "ptuning.training.fleet",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 _FORKS = multiprocessing.get_context("forkserver")

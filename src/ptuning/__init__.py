@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ptuning.data.task_files import load_task as load_task
     from ptuning.errors import PTuningError as PTuningError
     from ptuning.experiment.compare import compare as compare
-    from ptuning.experiment.lama import lama as lama
-    from ptuning.experiment.superglue import superglue as superglue
+    from ptuning.experiment.suites import lama as lama
+    from ptuning.experiment.suites import superglue as superglue
     from ptuning.method.base import Solution as Solution
     from ptuning.method.registry import methods as methods
     from ptuning.prompt.predict import PromptModel as PromptModel
@@ -50,13 +50,13 @@ _HOMES = {
     "chat_template": "template.chat",
     "compare": "experiment.compare",
     "estimate": "training.estimate",
-    "lama": "experiment.lama",
+    "lama": "experiment.suites",
     "load_backbone": "backbone.loading",
     "load_conversations": "data.conversations",
     "load_records": "data.reading",
     "load_task": "data.task_files",
     "methods": "method.registry",
-    "superglue": "experiment.superglue",
+    "superglue": "experiment.suites",
     "train": "training.run",
     "train_fleet": "training.fleet",
 }

@@ -18,9 +18,9 @@ from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.compare import compare
-from ptuning.experiment.merge import merged
-from ptuning.experiment.plan import Watch
-from ptuning.experiment.superglue import superglue
+from ptuning.experiment.results import merged
+from ptuning.experiment.comparison import Watch
+from ptuning.experiment.suites import superglue
 from ptuning.metrics.generation import score_texts
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt import score

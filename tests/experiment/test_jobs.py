@@ -8,7 +8,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.errors import TemplateError
-from ptuning.experiment.jobs import OneToken, are_listed
+from ptuning.experiment.compare import OneToken, are_listed
 from ptuning.template.language import Template
 from tests.conftest import bound
 

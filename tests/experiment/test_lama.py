@@ -13,7 +13,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.data.lama import read_relations
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.cells import CellJob
-from ptuning.experiment.lama import lama, relation_job
+from ptuning.experiment.suites import lama, relation_job
 from ptuning.records import Record
 from ptuning.report.results_file import Results
 from ptuning.template.language import Template

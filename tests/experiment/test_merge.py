@@ -12,7 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import FileError
 from ptuning.experiment.compare import compare
-from ptuning.experiment.merge import merged
+from ptuning.experiment.results import merged
 from ptuning.report.results_file import Results
 from ptuning.report.write import write_report
 from tests.experiment.test_compare import FACTS

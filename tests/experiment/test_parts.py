@@ -13,7 +13,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment import suite as suites
 from ptuning.experiment.compare import compare
-from ptuning.experiment.plan import Watch
+from ptuning.experiment.comparison import Watch
 from ptuning.report.results_file import Results
 from ptuning.workers.pool import WorkerConfig
 from tests.conftest import WARM

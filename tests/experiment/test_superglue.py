@@ -16,8 +16,8 @@ from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import ConfigError, FileError, RecordError
-from ptuning.experiment.plan import Watch
-from ptuning.experiment.superglue import asked_tasks, chosen_methods, superglue, task_job
+from ptuning.experiment.comparison import Watch
+from ptuning.experiment.suites import asked_tasks, chosen_methods, superglue, task_job
 from ptuning.method.base import Setup, Solution
 from ptuning.method.registry import METHODS
 from ptuning.report.results_file import Results
@@ -382,7 +382,7 @@ def test_two_files_of_one_name(causal: Backbone, few: Path, tmp_path: Path) -> N
 PROGRAM = """
 import sys
 from ptuning import TrainConfig, load_backbone
-from ptuning.experiment.superglue import superglue
+from ptuning.experiment.suites import superglue
 superglue(sys.argv[2], backbone=load_backbone(sys.argv[1], dtype="float32", device="cpu"), out=sys.argv[3], seeds=1,
           tasks="CB,COPA", methods=sys.argv[4].split(","),
           config=TrainConfig(epochs=8, batch_size=2, lr=0.01, patience=9, checkpoint_seconds=0.0))

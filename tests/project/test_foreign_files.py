@@ -17,7 +17,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import FileError, PTuningError
 from ptuning.experiment.compare import compare
-from ptuning.experiment.lama import lama
+from ptuning.experiment.suites import lama
 from ptuning.files import new_path
 from ptuning.names import COMPARISON, PROMPT, RUN, check_writable, fleet_layout, remove, remove_stale, scan_folder
 from ptuning.progress import Interrupted

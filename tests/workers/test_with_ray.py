@@ -34,7 +34,7 @@ import json, logging, pathlib, sys
 import ray  # before it is told what gives access to it
 from types import SimpleNamespace
 from ptuning import TrainConfig, compare, load_backbone, methods
-from ptuning.experiment.plan import Watch
+from ptuning.experiment.comparison import Watch
 from ptuning.workers import pool
 from ptuning.workers.pool import WorkerConfig
 logging.basicConfig(level=logging.INFO)

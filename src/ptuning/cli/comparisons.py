@@ -13,7 +13,7 @@ from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, best_of, called, i
 from ptuning.names import CELLS_FOLDER
 
 if TYPE_CHECKING:
-    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
+    from ptuning.experiment.cells import CellJob, CellResult
     from ptuning.progress import OnProgress, Progress
     from ptuning.report.results_file import Results, Scores
     from ptuning.workers.pool import WorkerConfig
@@ -63,30 +63,30 @@ def _facts_of(job: CellJob) -> str:
     return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}" if why else "")
 
 
-def show_estimates(found: Sequence[CellEstimate]) -> None:
+def show_estimates(cells: Sequence[CellResult]) -> None:
     """Print the cells of a dry run with their estimated times, one line per method, and the sum."""
     table = terminal.table("method")
     for name in ("cells", "finished", "estimated time"):
         table.add_column(name, justify="right")
-    left = [one for one in found if not one.is_finished]
-    for method in dict.fromkeys(one.cell.method for one in found):
-        own = [one for one in found if one.cell.method == method]
-        waiting = [one for one in own if not one.is_finished]
-        table.add_row(escape(method), str(len(own)), str(len(own) - len(waiting)), _time(waiting))
+    left = [result for result in cells if not result.was_there]
+    for method in dict.fromkeys(result.cell.method for result in cells):
+        count = sum(result.cell.method == method for result in cells)
+        waiting = [result for result in left if result.cell.method == method]
+        table.add_row(escape(method), str(count), str(count - len(waiting)), _time(waiting))
     terminal.results().print(table)
-    for one in found:
-        time = "finished" if one.is_finished else _time([one])
-        terminal.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {time}")
-    terminal.line(f"{len(left)} of {len(found)} cells to run, estimated time: {_time(left)}; nothing was run")
-    if any(one.seconds is None for one in left):
+    for result in cells:
+        time = "finished" if result.was_there else _time([result])
+        terminal.line(f"{result.cell.task}  {result.cell.method}  seed {result.cell.seed}: {time}")
+    terminal.line(f"{len(left)} of {len(cells)} cells to run, estimated time: {_time(left)}; nothing was run")
+    if not all(result.seconds for result in left):
         terminal.line("unknown: no cell of this method is finished; the mean of finished ones is the estimate")
 
 
-def _time(cells: Sequence[CellEstimate]) -> str:
-    known = [one.seconds for one in cells if one.seconds is not None]
-    if len(known) == len(cells):
-        return terminal.duration(sum(known))
-    return f"{terminal.duration(sum(known))} + unknown" if known else "unknown"
+def _time(cells: Sequence[CellResult]) -> str:
+    known = sum(result.seconds for result in cells)
+    if all(result.seconds for result in cells):
+        return terminal.duration(known)
+    return f"{terminal.duration(known)} + unknown" if known else "unknown"
 
 
 def show_results(found: Results) -> None:

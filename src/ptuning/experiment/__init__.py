@@ -3,5 +3,5 @@
 ``compare``, LAMA, SuperGLUE and the demo. The schema of ``results.json`` is in ``report``. It must not
 print or exit.
 
-Read first: ``plan``, ``cells``, ``suite``, ``results``, ``compare``.
+Read first: ``comparison``, ``cells``, ``results``, ``compare``.
 """

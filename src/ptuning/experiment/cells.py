@@ -1,23 +1,27 @@
-"""Data classes of a comparison: a job (a task with its test part) and the result of a cell (task, method, seed)."""
+"""Data classes of a comparison: a task with its test part (`CellJob`), and the result of a cell (task, method, seed)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from ptuning.config import NOT_VARIED, TrainConfig
-from ptuning.data.questions import Question, Questions
-from ptuning.errors import FileError
-from ptuning.files import Json, read_json, sha256
+from ptuning.backbone.backbone import Backbone
+from ptuning.data import checks
+from ptuning.data.questions import Question, Questions, as_questions
+from ptuning.files import Json, sha256
 from ptuning.method.base import Task
+from ptuning.method.tuned import bare
 from ptuning.metrics import Answer, most_of, primary, score_values
 from ptuning.metrics.generation import measure_texts
-from ptuning.names import RUN_FILE, STARTED_FILE
-from ptuning.records import Record, Records
+from ptuning.provenance import described
+from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.report.results_file import AnsweredRow, Cell, CellRecord, Status
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
+from ptuning.template.ambiguity import warn
+from ptuning.template.encode import TokenizedTemplate
+from ptuning.template.language import Template
 
 # The metrics of a task with labels and no task file.
 LABEL_METRICS = ("accuracy", "macro_f1")
@@ -35,21 +39,68 @@ class CellJob:
     task: Task
     test: Questions
     info: Mapping[str, Json]
-    type: str | None = None
     by_seed: Mapping[int, Task] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     by: str | None = None
 
-    @property
-    def metrics(self) -> Sequence[str]:
-        """Names of the task's own metrics; none if answers are scored by their ranks."""
-        if self.task.file is not None:
-            return self.task.file.answer_metrics
-        return LABEL_METRICS if self.task.words is not None else ()
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        parts: Mapping[str, Records | Questions],
+        pair: tuple[Template | None, Template],
+        *,
+        info: Mapping[str, Json],
+        vocabulary: Sequence[str] | str | None = None,
+        by: str | None = None,
+        **task: Any,
+    ) -> CellJob:
+        """Return the job of a task with the ``parts`` ``train``, ``dev`` and ``test``.
 
-    def values(self, answers: Sequence[Answer]) -> dict[str, Values]:
-        """Return score -> values of the answers to the test part."""
-        return self._values(answers, self.test)
+        ``pair`` is the manual template, if any, and the one to learn; ``info`` is added to the task's description.
+        ``vocabulary`` is a list of answers, ``objects`` for the targets of the data, or None. ``task`` has further
+        arguments of :class:`Task`.
+        """
+        manual, learned = pair
+        train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
+        objects = tuple(sorted({row.record[TARGET_FIELD].strip() for rows in (train, dev, test) for row in rows}))
+        closed = None if vocabulary is None else objects if isinstance(vocabulary, str) else tuple(vocabulary)
+        about: dict[str, Json] = {
+            "manual": str(manual) if manual is not None else None,
+            "template": str(learned),
+            "data": {part: described(rows, kept=len(rows)) for part, rows in parts.items()},
+        }
+        return cls(
+            Task(name, train, dev, manual or bare(learned), learned, objects, closed, **task),
+            test,
+            {**about, **info},
+            by=by,
+        )
+
+    @property
+    def type(self) -> str | None:
+        """The type of relation, if the task is one."""
+        kind = self.info.get("type")
+        return kind if isinstance(kind, str) else None
+
+    def check_known(self, backbone: Backbone) -> None:
+        """Warn about targets and fields that the tokenizer does not know; raise the errors of
+        :func:`ptuning.data.checks.check_known` before anything runs.
+        """
+        for template in (self.task.manual, self.task.template):
+            bound = TokenizedTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+            warn(checks.check_known(bound, self.task.answer_space, (self.task.train, self.task.dev, self.test)))
+
+    def values(self, answers: Sequence[Answer], rows: Questions | None = None) -> dict[str, Values]:
+        """Return score -> values of the answers to the test part, or to some of its rows."""
+        rows = self.test if rows is None else rows
+        if self.task.text_metrics:
+            return text_values(answers, rows.records, self.task.text_metrics)
+        file = self.task.file
+        metrics = file.answer_metrics if file is not None else LABEL_METRICS if self.task.words is not None else ()
+        values = score_values(answers, rows, metrics)
+        # Accuracy is what labels are trained and chosen for; its mean with another metric would be neither.
+        return values if self.task.words is None else {name: values[name] for name in metrics}
 
     def values_by(self, answers: Sequence[Answer]) -> dict[str, dict[str, Values]]:
         """Return value of the field ``by`` -> score -> values of the answers to the test records with that value."""
@@ -59,16 +110,9 @@ class CellJob:
         for answer, row in zip(answers, self.test, strict=True):
             pairs.setdefault(row.record[self.by], []).append((answer, row))
         return {
-            value: self._values([answer for answer, _ in pairs[value]], Questions([row for _, row in pairs[value]]))
+            value: self.values([answer for answer, _ in pairs[value]], Questions([row for _, row in pairs[value]]))
             for value in sorted(pairs)
         }
-
-    def _values(self, answers: Sequence[Answer], rows: Questions) -> dict[str, Values]:
-        if self.task.text_metrics:
-            return text_values(answers, rows.records, self.task.text_metrics)
-        found = score_values(answers, rows, self.metrics)
-        # Accuracy is what labels are trained and chosen for; its mean with another metric would be neither.
-        return found if self.task.words is None else {name: found[name] for name in self.metrics}
 
     def task_of(self, seed: int) -> Task:
         """Return the task with the parts of a seed."""
@@ -76,21 +120,21 @@ class CellJob:
 
 
 def text_values(answers: Sequence[Answer], records: Sequence[Record], metrics: Sequence[str]) -> dict[str, Values]:
-    """Return score -> values of written texts, row by row or as sums."""
-    found = measure_texts([answer.text for answer in answers], records, metrics)
-    return {name: one.values for name, one in found.items()}
+    """Return score -> values of generated texts, row by row or as sums."""
+    measured = measure_texts([answer.text for answer in answers], records, metrics)
+    return {name: scores.values for name, scores in measured.items()}
 
 
 @dataclass(frozen=True)
 class CellResult:
     """The result of a cell, with the values that scores and intervals are computed from.
 
-    ``status`` is ``done``, ``failed`` or ``waiting``; ``was_there`` says that it was finished before. ``values`` maps a
-    score to its values, one for each test record or group of them. ``seconds`` is the time taken by the start that
-    finished it, ``tried`` how many settings were compared on the development part. ``hits`` is the share of the test
-    records answered correctly, whatever the scores are, and ``dev_score`` that of the development part for the chosen
-    setting; None where nothing was chosen. ``folder`` is where its files are, if not in the cell's own place.
-    ``by`` maps values of a field to the values of the test records that have them.
+    ``was_there`` means that it was finished before. ``values`` maps a score to its values, one for each test record or
+    group of them. ``seconds`` is the time taken by the start that finished it, ``tried`` the number of settings that
+    were compared on the development part. ``hits`` is the share of the test records answered correctly, whatever the
+    scores are, and ``dev_score`` that of the development part for the chosen setting; None where nothing was chosen.
+    ``folder`` is where its files are, if not in the cell's own place. ``by`` maps values of a field to the values of
+    the test records that have them.
     """
 
     cell: Cell
@@ -113,7 +157,7 @@ class CellResult:
 
     @property
     def primary(self) -> str:
-        """The score to show where there is room for one."""
+        """The most important score."""
         return primary(self.values)
 
     def score(self, name: str) -> Score:
@@ -135,15 +179,6 @@ class CellResult:
         )
 
 
-@dataclass(frozen=True)
-class CellEstimate:
-    """A cell before a run, with the seconds it took or will take; None if no cell of its method is finished yet."""
-
-    cell: Cell
-    is_finished: bool
-    seconds: float | None
-
-
 def digest(data: Questions) -> str:
     """Hash rows and not their file: the same facts in another file make the same cell."""
     if any(row.choices or row.group for row in data):
@@ -159,31 +194,10 @@ def answered_rows(questions: Questions, answers: Sequence[Answer]) -> list[Answe
     ]
 
 
-def how_to_have_both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
-    """Return how results with both settings come into one report, if nothing else differs."""
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    varied = set(TrainConfig.model_fields) - set(NOT_VARIED)
-    if not varied.issuperset(changed):
-        return ""
-    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
-    return f". To have both in one report, leave the settings as they were and add {options}"
-
-
-def saved_identity(folder: Path) -> Mapping[str, Json] | None:
-    """Return the identity of a finished or started cell; None if there is none that can be read."""
-    for name in (RUN_FILE, STARTED_FILE):
-        try:
-            saved = read_json(folder / name).get("identity")
-        except FileError:
-            continue
-        if isinstance(saved, Mapping):
-            return saved
-    return None
-
-
-def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
-    """Return method -> mean seconds of its cells."""
+def mean_seconds(results: Iterable[CellResult]) -> dict[str, float]:
+    """Return method -> mean seconds of its finished cells."""
     times: dict[str, list[float]] = {}
-    for cell, seconds in taken.items():
-        times.setdefault(cell.method, []).append(seconds)
-    return {method: sum(listed) / len(listed) for method, listed in times.items()}
+    for result in results:
+        if result.status == "done":
+            times.setdefault(result.cell.method, []).append(result.seconds)
+    return {method: sum(seconds) / len(seconds) for method, seconds in times.items()}

@@ -312,6 +312,11 @@ class AnsweredRow:
     group: str | None = None
     choices: Sequence[str] = ()
 
+    @property
+    def right(self) -> Sequence[str]:
+        """The target as the list of right answers that metrics read."""
+        return (self.target or "",)
+
     def to_json(self) -> dict[str, Json]:
         """Return the line."""
         optional: dict[str, Json] = {"idx": self.idx, "group": self.group, "choices": list(self.choices) or None}

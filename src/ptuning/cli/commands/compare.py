@@ -131,7 +131,7 @@ def compare(
     start = _started(suite, data, arguments)
     part, workers = shares.own, shares.pool(backbone, dry_run=dry_run)
     with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (progress, should_stop):
-        from ptuning.experiment.plan import Watch
+        from ptuning.experiment.comparison import Watch
         from ptuning.training.tracking import TrainingLog
 
         log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
@@ -202,11 +202,11 @@ def _arguments(suite: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _started(suite: str | None, data: str, arguments: dict[str, Any]) -> Callable[..., Results]:
     """Return a comparison that only needs its plan; own data are read and checked first."""
     if suite == "lama":
-        from ptuning.experiment.lama import lama
+        from ptuning.experiment.suites import lama
 
         return functools.partial(lama, data, **arguments)
     if suite == "superglue":
-        from ptuning.experiment.superglue import superglue
+        from ptuning.experiment.suites import superglue
 
         return functools.partial(superglue, data, **arguments)
     file = inputs.task_of(arguments.get("task"))
@@ -216,7 +216,7 @@ def _started(suite: str | None, data: str, arguments: dict[str, Any]) -> Callabl
     parts = inputs.read_parts(sources, arguments.pop("field", None), file, reads=pair[0].fields)
     labels, merge, strict = (arguments.pop(name, None) for name in ("labels", "merge", "strict"))
     rows = inputs.looked_at(parts, labels, merge, file, reads=pair[0].fields, strict=bool(strict))
-    from ptuning.experiment.compare import compare_labelled
+    from ptuning.experiment.compare import compare as compare_own
 
     # The name becomes a folder.
     name = re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task"
@@ -225,7 +225,7 @@ def _started(suite: str | None, data: str, arguments: dict[str, Any]) -> Callabl
     def run(**plan: Any) -> Results:
         for text in (manual, template):
             notice_line_breaks(text, plan["backbone"].tokenizer)
-        return compare_labelled(rows, **arguments, **plan)
+        return compare_own(rows, **arguments, **plan)
 
     return run
 
@@ -251,7 +251,7 @@ def report(
         if len(folders) == 1 and out is None:
             page = write_report(folders[0], formats=formats)
         else:
-            from ptuning.experiment.merge import merged
+            from ptuning.experiment.results import merged
 
             results = merged(folders)
             place = results.folder / "report"
