@@ -1,4 +1,4 @@
-"""The demo on a tiny model: what it leaves, and stopping and going on; and the real default backbone, once."""
+"""The demo on a tiny model: its files, and resuming; and the real default backbone, once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.language import Template
 from ptuning.training.run import train
 
-# Free vectors and few epochs: what is tested is what the demo leaves, not what it learns.
+# Free vectors and few epochs: the files of the demo are tested, not its scores.
 CONFIG = TrainConfig(epochs=2, encoder="none", batch_size=32)
 LEFT = ["predictions.jsonl", "prompt", "run.json"]
 
@@ -44,8 +44,8 @@ def finished(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> DemoRe
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return record
 
 
 def vectors_of(folder: Path) -> bytes:
@@ -64,9 +64,6 @@ def killed_at(stage: str, done: int) -> Callable[[Progress], None]:
             raise Killed
 
     return report
-
-
-# ---------------------------------------------------------------------------------------------- what a demo leaves
 
 
 def test_the_record_has_everything(finished: DemoResult) -> None:
@@ -88,16 +85,16 @@ def test_the_record_has_everything(finished: DemoResult) -> None:
 def test_scores_of_all_three_methods_on_the_test_part(finished: DemoResult) -> None:
     tested = load_records("capitals:test")
     scores = record_of(finished.folder)["scores"]
+    assert {name: score["exact_match"] for name, score in scores.items()} == {
+        name: score.to_json() for name, score in finished.scores.items()
+    }
     assert list(scores) == ["majority", "manual", "p-tuning"]
-    for name, found in scores.items():
-        exact = found["exact_match"]
-        assert set(exact) == {"value", "low", "high", "n"}
-        assert 0 <= exact["low"] <= exact["value"] <= exact["high"] <= 1
-        assert exact["n"] == len(tested)
-        assert finished.scores[name].to_json() == exact
     common = majority([row["y"] for row in load_records("capitals:train")])
     assert finished.scores["majority"] == score([float(row["y"] == common) for row in tested])
     assert finished.described["majority"] == f"always '{common}'"
+    shown = [(answer.subject, answer.target) for answer in finished.answers]
+    assert shown == [(record["x"], record["y"]) for record in tested[:5]]
+    assert (finished.size_bytes, finished.prompt.slots) == (len(vectors_of(finished.folder)), 4)
 
 
 def test_predictions_of_the_manual_and_the_learned_prompt(finished: DemoResult, tiny: Backbone) -> None:
@@ -115,17 +112,6 @@ def test_predictions_of_the_manual_and_the_learned_prompt(finished: DemoResult, 
     assert [row["prediction"] for row in rows] == [answer.text for answer in learned]
     assert sum(row["hit"] for row in rows) == round(finished.scores["p-tuning"].value * len(rows))
     assert sum(row["manual"]["hit"] for row in rows) == round(finished.scores["manual"].value * len(rows))
-
-
-def test_what_is_shown(finished: DemoResult) -> None:
-    tested = load_records("capitals:test")
-    shown = [(answer.subject, answer.target) for answer in finished.answers]
-    assert shown == [(record["x"], record["y"]) for record in tested[:5]]
-    assert finished.size_bytes == len(vectors_of(finished.folder))
-    assert finished.prompt.slots == 4
-
-
-# --------------------------------------------------------------------------------------------- stopping and going on
 
 
 def test_a_finished_demo_is_read_back(
@@ -157,13 +143,13 @@ def test_a_killed_demo_goes_on(finished: DemoResult, tiny: Backbone, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     seen: list[Progress] = []
     run_demo(tmp_path, backbone=tiny, config=CONFIG, report=seen.append)
-    # It goes on behind the first epoch, whose checkpoint was the last.
+    # It goes on after the first epoch, whose checkpoint was the last.
     assert next(progress for progress in seen if progress.stage == "train").done == 146 + 32
     assert vectors_of(tmp_path) == vectors_of(finished.folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == LEFT
 
 
-def test_a_stopped_demo_goes_on_beside_foreign_files(finished: DemoResult, tiny: Backbone, tmp_path: Path) -> None:
+def test_a_stopped_demo_goes_on_next_to_foreign_files(finished: DemoResult, tiny: Backbone, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     steps = iter(range(100))
     with pytest.raises(Interrupted, match="stopped in epoch 1 of 2, after 3 steps"):
@@ -192,32 +178,11 @@ def test_a_demo_stopped_before_its_test_part_is_not_trained_again(
             run_demo(tmp_path, backbone=tiny, config=CONFIG, should_stop=lambda: next(asked))
     assert "scores" not in record_of(tmp_path)
     seen: list[Progress] = []
-    found = run_demo(tmp_path, backbone=tiny, config=CONFIG, report=seen.append)
+    result = run_demo(tmp_path, backbone=tiny, config=CONFIG, report=seen.append)
     assert {progress.stage for progress in seen} == {"dev"}
-    assert found.scores == finished.scores
+    assert result.scores == finished.scores
     assert "scores" in record_of(tmp_path)
     assert vectors_of(tmp_path) == vectors_of(finished.folder)
-
-
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
-    finished: DemoResult, tiny: Backbone, tmp_path: Path
-) -> None:
-    with pytest.raises(Killed):
-        run_demo(
-            tmp_path, backbone=tiny, config=TrainConfig(epochs=3, encoder="none"), report=killed_at("train", 146 + 16)
-        )
-    with pytest.raises(TrainingError, match=r"epochs was 3 and is 2.*--overwrite"):
-        run_demo(tmp_path, backbone=tiny, config=CONFIG)
-    run_demo(tmp_path, backbone=tiny, config=CONFIG, overwrite=True)
-    assert vectors_of(tmp_path) == vectors_of(finished.folder)
-
-
-def test_another_run_is_not_replaced(tiny: Backbone, tmp_path: Path) -> None:
-    train("[P] [X] [Y]", load_records("capitals:dev"), backbone=tiny, config=CONFIG, out=tmp_path)
-    before = vectors_of(tmp_path)
-    with pytest.raises(TrainingError, match=r"template was .* start anew with --overwrite or in another folder"):
-        run_demo(tmp_path, backbone=tiny, config=CONFIG)
-    assert vectors_of(tmp_path) == before
 
 
 def test_a_stopped_run_is_not_replaced(tiny: Backbone, tmp_path: Path) -> None:
@@ -247,9 +212,6 @@ def test_a_prompt_without_a_record_is_not_replaced(finished: DemoResult, tiny: B
     with pytest.raises(FileError, match=r"holds part of another run; choose another folder"):
         run_demo(tmp_path, backbone=tiny, config=CONFIG)
     assert (tmp_path / "prompt" / VECTORS_FILE).is_file()
-
-
-# ------------------------------------------------------------------------------------------- the default backbone
 
 
 @pytest.mark.backbone

@@ -13,6 +13,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.data.lama import read_relations
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.cells import CellJob
+from ptuning.experiment.compare import OneToken, are_listed, one_token
 from ptuning.experiment.suites import lama, relation_job
 from ptuning.records import Record
 from ptuning.report.results_file import Results
@@ -49,20 +50,20 @@ def everything(job: CellJob) -> list[Record]:
 
 
 def test_facts_are_kept_whose_object_is_one_token(data: Path, backbone: Backbone) -> None:
-    found = job(data, backbone)
-    rows = everything(found)
+    results = job(data, backbone)
+    rows = everything(results)
     assert sorted(row["x"] for row in rows) == sorted(row["sub_label"] for row in ROWS)
-    assert found.info["dropped"] == {"object is not one token": 5}
-    assert (found.info["rows"], found.task.single_token, found.task.vocabulary) == (25, True, None)
-    assert found.task.objects == tuple(sorted(WORDS))
-    assert found.type == "1-1"
+    assert results.info["dropped"] == {"object is not one token": 5}
+    assert (results.info["rows"], results.task.single_token, results.task.vocabulary) == (25, True, None)
+    assert results.task.objects == tuple(sorted(WORDS))
+    assert results.type == "1-1"
 
 
 def test_an_object_must_be_one_token_in_every_template(data: Path, make_backbone: Callable[[str], Backbone]) -> None:
     """At the start of a sentence byte-level words lack the space in front, and may be cut otherwise."""
     backbone = make_backbone("roberta")
     front = Template.parse("[Y] is [X]")
-    whole = [one.own_tokens == 1 for one in bound(backbone, str(front)).examples(FACTS[:4])]
+    whole = [example.own_tokens == 1 for example in bound(backbone, str(front)).examples(FACTS[:4])]
     wanted = {word for word, is_whole in zip(WORDS, whole, strict=True) if is_whole}
     assert 0 < len(wanted) < len(WORDS)
     assert {row["y"] for row in everything(job(data, backbone))} == set(WORDS)
@@ -70,36 +71,36 @@ def test_an_object_must_be_one_token_in_every_template(data: Path, make_backbone
 
 
 def test_targets_of_any_length(data: Path, causal: Backbone) -> None:
-    found = job(data, causal, targets="any")
-    assert len(everything(found)) == 25
-    assert (found.task.single_token, found.info["dropped"]) == (False, {})
-    assert "a good film" in found.task.objects
+    results = job(data, causal, targets="any")
+    assert len(everything(results)) == 25
+    assert (results.task.single_token, results.info["dropped"]) == (False, {})
+    assert "a good film" in results.task.objects
 
 
 def test_a_vocabulary_restricts_facts_and_answers(data: Path, causal: Backbone) -> None:
     words = ("yes", "good", "one", "a good film")
-    found = job(data, causal, vocabulary=words)
-    assert {row["y"] for row in everything(found)} == {"yes", "good"}
-    assert found.info["dropped"] == {"object is not one token of the vocabulary": 15}
-    assert found.task.vocabulary == words
-    found = job(data, causal, vocabulary=words, targets="any")
-    assert {row["y"] for row in everything(found)} == {"yes", "good", "a good film"}
-    assert found.info["dropped"] == {"object is not in the vocabulary": 10}
-    found = job(data, causal, vocabulary="objects")
-    assert found.task.vocabulary == found.task.objects == tuple(sorted(WORDS))
+    results = job(data, causal, vocabulary=words)
+    assert {row["y"] for row in everything(results)} == {"yes", "good"}
+    assert results.info["dropped"] == {"object is not one token of the vocabulary": 15}
+    assert results.task.vocabulary == words
+    results = job(data, causal, vocabulary=words, targets="any")
+    assert {row["y"] for row in everything(results)} == {"yes", "good", "a good film"}
+    assert results.info["dropped"] == {"object is not in the vocabulary": 10}
+    results = job(data, causal, vocabulary="objects")
+    assert results.task.vocabulary == results.task.objects == tuple(sorted(WORDS))
 
 
 def test_a_vocabulary_file_holds_for_all_methods(data: Path, causal: Backbone, tmp_path: Path) -> None:
     (tmp_path / "words.json").write_text(
         json.dumps({"gpt": ["\u0120yes", "\u0120good", "no"], "bert": ["good", "yes"]})
     )
-    found = run_lama(data, causal, relations="P36", vocabulary=tmp_path / "words.json", methods="manual,majority")
+    results = run_lama(data, causal, relations="P36", vocabulary=tmp_path / "words.json", methods="manual,majority")
     cells = tmp_path / "out" / "cells" / "P36"
     for method in ("manual", "majority"):
         text = (cells / method / "seed-0" / "predictions.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
         assert {row["prediction"] for row in rows} | {row["target"] for row in rows} <= {"yes", "good"}
-    assert info(found, "P36")["dropped"] == {"object is not one token of the vocabulary": 15}
+    assert info(results, "P36")["dropped"] == {"object is not one token of the vocabulary": 15}
 
 
 def test_limit_and_size_of_the_training_part(data: Path, causal: Backbone) -> None:
@@ -121,17 +122,17 @@ def test_a_part_left_empty_says_why(data: Path, causal: Backbone) -> None:
 
 
 def test_all_relations_of_a_folder(data: Path, causal: Backbone) -> None:
-    found = run_lama(data, causal, methods="majority,manual")
-    assert list(found.tasks) == ["P17", "P36"]
-    assert list(found.by_type) == ["1-1", "N-1"]
-    assert found.macro["majority"]["p_at_1"].n == 2
-    told = info(found, "P17")
-    assert (told["label"], told["type"], told["manual"]) == ("country", "N-1", "In [X] it was [Y] .")
+    results = run_lama(data, causal, methods="majority,manual")
+    assert list(results.tasks) == ["P17", "P36"]
+    assert list(results.by_type) == ["1-1", "N-1"]
+    assert results.macro["majority"]["p_at_1"].n == 2
+    described = info(results, "P17")
+    assert (described["label"], described["type"], described["manual"]) == ("country", "N-1", "In [X] it was [Y] .")
     # The relation's label helps where no words in front of the subject say what is asked for.
-    assert told["template"] == str(Template.from_manual("In [X] it was [Y] ."))
-    assert info(found, "P36")["template"] == str(Template.from_manual(MANUAL, about="capital"))
-    assert told["split"] == "60/20/20 by subject, seed 0"
-    settings: Any = found.settings
+    assert described["template"] == str(Template.from_manual("In [X] it was [Y] ."))
+    assert info(results, "P36")["template"] == str(Template.from_manual(MANUAL, about="capital"))
+    assert described["split"] == "60/20/20 by subject, seed 0"
+    settings: Any = results.settings
     assert (settings["data"], settings["targets"], settings["split_seed"]) == (str(data), "token", 0)
 
 
@@ -142,17 +143,12 @@ def test_relations_by_name_and_type(data: Path, causal: Backbone, relations: Any
     assert list(run_lama(data, causal, relations=relations).tasks) == tasks
 
 
-def test_one_template_for_all(data: Path, causal: Backbone) -> None:
-    found = run_lama(data, causal, template="[P*3] [X] [P*3] [Y]", relations="P36")
-    assert info(found, "P36")["template"] == "[P*3] [X] [P*3] [Y]"
-
-
 def test_a_manual_template_is_needed_only_where_a_method_reads_it(data: Path, causal: Backbone) -> None:
     lines(data / "relations.jsonl", LIST[:1])
     learned = {"relations": "P17", "template": "[P*3] [X] [P*3] [Y]", "targets": "any"}
-    found = run_lama(data, causal, **learned, methods="majority,p-tuning", dry_run=True)
-    assert info(found, "P17")["manual"] is None
-    assert info(found, "P17")["template"] == "[P*3] [X] [P*3] [Y]"
+    results = run_lama(data, causal, **learned, methods="majority,p-tuning", dry_run=True)
+    assert info(results, "P17")["manual"] is None
+    assert info(results, "P17")["template"] == "[P*3] [X] [P*3] [Y]"
     with pytest.raises(
         TemplateError, match=r"and manual, in-context need one\. Give it with --manual .*\(--methods\)$"
     ):
@@ -167,21 +163,62 @@ def test_facts_under_other_names(data: Path, causal: Backbone) -> None:
     rows = [{"land": row["sub_label"], "town": row["obj_label"]} for row in ROWS]
     lines(data.parent / "own" / "P36.jsonl", rows)
     fields = {"sub_label": "land", "obj_label": "town"}
-    found = run_lama(data.parent / "own", causal, fields=fields)
-    assert info(found, "P36")["data"]["test"]["rows"] == 4
-    assert found.settings["fields"] == fields
+    results = run_lama(data.parent / "own", causal, fields=fields)
+    assert info(results, "P36")["data"]["test"]["rows"] == 4
+    assert results.settings["fields"] == fields
 
 
-def test_what_lama_refuses(data: Path, causal: Backbone) -> None:
-    with pytest.raises(RecordError, match=r"'P63'\. Did you mean 'P36'\?"):
-        run_lama(data, causal, relations="P63")
-    with pytest.raises(TemplateError, match="has no slots, so there is nothing to learn"):
-        run_lama(data, causal, template="[X] is [Y]")
-    with pytest.raises(FileError, match=r"no such|cannot|is no"):
-        run_lama(data / "missing", causal)
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"relations": "P63"}, RecordError, "'P63'.*'P36'"),
+        ({"template": "[X] is [Y]"}, TemplateError, "no slots"),
+        ({"data": "missing"}, FileError, "missing"),
+        ({"methods": "majority,manual"}, TemplateError, r"P17 .*P17\.jsonl.*manual needs one"),
+        ({"relations": "P36", "manual": "[X] is [Y]"}, ConfigError, "P36"),
+        ({"targets": "tokens", "relations": "P36"}, ConfigError, "'tokens'.*token or any"),
+    ],
+)
+def test_what_lama_refuses(
+    data: Path, causal: Backbone, options: dict[str, Any], error: type[Exception], named: str
+) -> None:
     lines(data / "relations.jsonl", LIST[:1])
-    with pytest.raises(TemplateError, match=r"P17 has no manual template \(.*P17\.jsonl\), and manual needs one\. "):
-        run_lama(data, causal, methods="majority,manual")
-    with pytest.raises(ConfigError, match="a manual template is given for relations without one, and each of P36 has"):
-        run_lama(data, causal, relations="P36", manual="[X] is [Y]")
+    with pytest.raises(error, match=named):
+        run_lama(data / options.pop("data", ""), causal, **options)
     assert not (data.parent / "out").exists()
+
+
+def test_targets_of_one_token(backbone: Backbone) -> None:
+    pattern = "The capital of [X] is [Y] ."
+    rows = [{"x": "Kenya", "y": y} for y in ("good", " yes", "a good film", "1234567890a")]
+    keeps = OneToken(backbone, [Template.parse(pattern)])
+    assert keeps(rows) == [example.own_tokens == 1 for example in bound(backbone, pattern).examples(rows)]
+    assert keeps(rows)[0]
+    assert not keeps(rows)[2]
+    assert keeps([]) == []
+    templates = [Template.parse(pattern)]
+    assert one_token(backbone, templates, rows[:1])
+    assert one_token(backbone, templates, [])
+    assert not one_token(backbone, templates, [*[rows[0]] * 70, rows[2]])
+
+
+def test_the_token_for_unknown_text_is_no_answer(masked: Backbone) -> None:
+    rows = [{"x": "Kenya", "y": "\u2603"}, {"x": "Kenya", "y": "Nairobi"}]
+    template = Template.parse("[X] is [Y]")
+    assert [example.own_tokens for example in bound(masked, "[X] is [Y]").examples(rows)] == [1, 1]
+    assert OneToken(masked, [template])(rows) == [False, True]
+
+
+def test_targets_of_a_list(causal: Backbone) -> None:
+    rows = [{"x": "Kenya", "y": y} for y in ("good", " yes ", "a good film")]
+    assert are_listed(rows, ["yes", "a good film"]) == [False, True, True]
+    keeps = OneToken(causal, [Template.parse("[X] is [Y]")], words=["yes", "a good film"])
+    assert keeps([rows[0], {"x": "Kenya", "y": "yes"}, rows[2]]) == [False, True, False]
+
+
+def test_a_target_that_has_no_place_is_not_kept_and_a_missing_field_is_an_error(causal: Backbone) -> None:
+    """One target too long for the context must not end a run over thirty relations."""
+    rows = [{"x": "Kenya", "y": "good"}, {"x": "Kenya", "y": "good " * 500}, {"x": "Peru", "y": "yes"}]
+    assert OneToken(causal, [Template.parse("[X] is [Y]")])(rows) == [True, False, True]
+    with pytest.raises(TemplateError, match="no field 'country' in record 1"):
+        OneToken(causal, [Template.parse("{country} is [Y]")])(rows)

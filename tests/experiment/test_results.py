@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.errors import FileError
 from ptuning.experiment.cells import CellResult
-from ptuning.experiment.results import Collector, compared, differences, over_records, over_tasks
+from ptuning.experiment.compare import compare
+from ptuning.experiment.results import Collector, compared, differences, merged, over_records, over_tasks
 from ptuning.report.results_file import Cell, Results
+from ptuning.report.write import write_report
 from ptuning.statistics import mean_difference, mean_score, score
+from tests.experiment.test_compare import FACTS
 
 
 def done(
@@ -191,18 +196,54 @@ def test_tables_follow_further_seeds() -> None:
     assert (both.value, both.seeds) == (0.5, 2)
 
 
-def test_what_is_written_can_be_read_and_is_the_same_again(tmp_path: Path) -> None:
-    cells = [done("P1", name, [1, 0, 1], ranks=[1, 3, 1]) for name in ("manual", "p-tuning")]
-    empty = Results("lama", command="x", folder=tmp_path)
-    Collector(empty, ["manual", "p-tuning"], {"P1": "1-1"}).collect(cells).write()
-    text = (tmp_path / "results.json").read_text(encoding="utf-8")
-    saved: Any = json.loads(text)
-    assert list(saved) == [
-        "format_version", "suite", "command", "backbone", "settings", "versions", "task_info", "methods", "cells",
-        "tasks", "macro", "by_type", "differences",
-    ]  # fmt: skip
-    assert saved["tasks"]["P1"]["manual"]["p_at_1"].keys() == {"value", "low", "high", "n", "std", "seeds", "lowest"}
-    assert saved["differences"]["p-tuning - manual"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
-    assert saved["cells"][0]["scores"]["p_at_1"] == pytest.approx(2 / 3)
-    Collector(empty, ["manual", "p-tuning"], {"P1": "1-1"}).collect(cells).write()
-    assert (tmp_path / "results.json").read_text(encoding="utf-8") == text
+Run = Callable[..., Results]
+
+
+@pytest.fixture
+def run(causal: Backbone, tmp_path: Path) -> Run:
+    """Compare in a folder of a name, with an encoder."""
+
+    def run(folder: str, encoder: Any = "lstm", test: int = 6, **options: Any) -> Results:
+        config = TrainConfig(epochs=2, batch_size=4, lr=0.05, encoder=encoder)
+        options = {"methods": ["majority", "manual", "p-tuning"], "manual": "[X] is [Y] .", "seeds": 2, **options}
+        rows: dict[str, Any] = {"dev": FACTS[12:18], "test": FACTS[18 : 18 + test]}
+        return compare(FACTS[:12], **rows, backbone=causal, out=tmp_path / folder, config=config, **options)
+
+    return run
+
+
+def test_methods_that_differ_are_named_after_their_folder(run: Run, tmp_path: Path) -> None:
+    """The others have one column. Differences are those that one comparison with both would have had."""
+    run("lstm")
+    run("none", "none")
+    together = run("all", vary={"encoder": ["none"]})
+    found = merged([tmp_path / "lstm", tmp_path / "none"])
+    assert list(found.tasks["task"]) == ["majority", "manual", "p-tuning (lstm)", "p-tuning (none)"]
+    for one, other in {"p-tuning (lstm)": "p-tuning", "p-tuning (none)": "p-tuning encoder=none"}.items():
+        assert found.tasks["task"][one] == together.tasks["task"][other]
+        assert found.methods[one].learns_slots
+    gap = found.differences["p-tuning (lstm) - p-tuning (none)"]
+    assert gap == together.differences["p-tuning - p-tuning encoder=none"]
+    assert found.differences["p-tuning (none) - manual"]
+    assert found.settings["encoder"] == "lstm: lstm; none: none"
+    assert found.settings["epochs"] == 2
+    assert found.methods["p-tuning (none)"].describe.endswith("; none")
+    page = write_report(found, tmp_path / "report")
+    text = page.read_text(encoding="utf-8")
+    assert "Learning curves" in text  # read from the folders' cells
+    assert not (tmp_path / "report" / "results.json").exists()
+
+
+def test_folders_that_cannot_be_joined(run: Run, tmp_path: Path) -> None:
+    run("a", methods=["manual"])
+    run("b", methods=["manual"], test=5)
+    run("c", methods=["manual"], name="other")
+    for names, named in (
+        ("ab", r"task: a and b .* \(6 and 5\)"), ("ac", "no finished task"), ("aa", "twice"), ("ax", "there is no"),
+    ):  # fmt: skip
+        with pytest.raises(FileError, match=named):
+            merged([tmp_path / name for name in names])
+    path = tmp_path / "b" / "results.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"compare"', '"lama"', 1), encoding="utf-8")
+    with pytest.raises(FileError, match=r"\(compare, lama\)"):
+        merged([tmp_path / "a", tmp_path / "b"])

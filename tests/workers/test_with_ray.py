@@ -19,8 +19,7 @@ from ptuning.experiment.compare import compare
 from ptuning.files import Json
 from ptuning.method.registry import METHODS
 from tests.conftest import WARM
-from tests.experiment.test_parts import files_of
-from tests.experiment.test_suite import DEV, MANUAL, TEST, TRAIN, has_checkpoint
+from tests.experiment.test_comparison import DEV, MANUAL, TEST, TRAIN, files_of, has_checkpoint
 from tests.processes import forked
 
 # Imported here, Ray would keep the standard error that pytest has, which processes forked of the tests do not.

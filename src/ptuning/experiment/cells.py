@@ -1,4 +1,4 @@
-"""Data classes of a comparison: a task with its test part (`CellJob`), and the result of a cell (task, method, seed)."""
+"""A task with its test part (`CellJob`), and the result of a cell (task, method, seed)."""
 
 from __future__ import annotations
 

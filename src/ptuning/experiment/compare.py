@@ -103,8 +103,8 @@ def compare(
         generated = {"metrics for texts (--metrics)": metrics, "gather": gather, "num_beams": num_beams > 1}
         for option, value in generated.items():
             if value:
-                answers = "labels or choices" if is_closed else "of a vocabulary"
-                raise ConfigError(f"{option} has no effect: the answers are {answers}, and not generated")
+                kind = "labels or choices" if is_closed else "of a vocabulary"
+                raise ConfigError(f"{option} has no effect: the answers are {kind}, and not generated")
     scored_by: tuple[str, ...] = ()
     if not is_closed and vocabulary is None:
         scored_by = tuple(metrics_of(metrics)) if metrics is not None else task.text_metrics if task is not None else ()
@@ -144,8 +144,8 @@ def compare(
         if single and num_beams > 1:
             raise ConfigError("num_beams has no effect: every answer is one token, so that all tokens are ranked")
         answers = read_vocabulary(vocabulary)
-        for part, questions in parts.items() if isinstance(answers, tuple) else ():
-            missing = are_listed(questions.records, answers or ()).count(False)
+        for part, questions in parts.items():
+            missing = are_listed(questions.records, answers).count(False) if isinstance(answers, tuple) else 0
             if missing:
                 text = "%d of %d %s targets are not in %s: never right"
                 logger.warning(text, missing, len(questions), part, vocabulary)
@@ -218,7 +218,9 @@ def template_pair(
 
 def read_vocabulary(vocabulary: str | Path | None) -> tuple[str, ...] | str | None:
     """Return the words of a vocabulary file; ``objects`` and None stay as they are."""
-    return vocabulary if vocabulary in (None, OBJECTS) else read_words(str(vocabulary))
+    if vocabulary is None or vocabulary == OBJECTS:
+        return None if vocabulary is None else OBJECTS
+    return read_words(str(vocabulary))
 
 
 def are_listed(records: Sequence[Record], words: Collection[str]) -> list[bool]:

@@ -455,7 +455,7 @@ class Comparison(JobSet[CellResult]):
             owners |= dict.fromkeys(trainings, cell)
         left = [cell for cell in dict.fromkeys(owners.values()) if cell not in done]
         waiting = Counter(owners.values())
-        seconds: Counter[Cell] = Counter()
+        seconds = dict.fromkeys(owners.values(), 0.0)
         failed: dict[Cell, PTuningError] = {}
         report = named(run.report, place.name)
         try:
@@ -468,7 +468,7 @@ class Comparison(JobSet[CellResult]):
                 if isinstance(outcome, PTuningError):
                     failed[cell] = outcome
                 else:
-                    seconds[cell] += cast("float", outcome.record["train_seconds"])  # type: ignore[assignment]
+                    seconds[cell] += cast("float", outcome.record["train_seconds"])
                 if waiting[cell] or cell in done:
                     continue
                 self._report(run, cell)

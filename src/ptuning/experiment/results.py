@@ -284,7 +284,7 @@ def _cell(cell: Cell, record: CellRecord, part: _Part, base: Path) -> CellResult
 
 
 def _described(parts: Mapping[str, _Part], tasks: Sequence[str]) -> Results:
-    """Return results without scores: the values that all folders have in common, and each folder's where they differ."""
+    """Return results without scores: common values, and each folder's where they differ."""
     whole = {label: part.results for label, part in parts.items()}
     first = next(iter(whole.values()))
     infos = {task: {label: results.task_info.get(task, {}) for label, results in whole.items()} for task in tasks}

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from ptuning.cli import comparisons, terminal
 from ptuning.cli.terminal import duration
-from ptuning.experiment.cells import CellEstimate, CellResult
+from ptuning.experiment.cells import CellResult
+from ptuning.experiment.comparison import Comparison, Watch
 from ptuning.experiment.results import Collector
-from ptuning.experiment.suite import Suite
 from ptuning.method.base import Solution
 from ptuning.method.registry import METHODS
 from ptuning.progress import Progress
@@ -27,7 +27,7 @@ from ptuning.training.run import TrainingRun
 from tests.cli.test_app import call, fails, works
 from tests.cli.test_terminal import Screen
 from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
-from tests.experiment.test_suite import timeless
+from tests.experiment.test_comparison import timeless
 
 MANUAL = "[X] is [Y] ."
 QUICK = ("--epochs", "1", "--set", "batch_size=8")
@@ -497,9 +497,9 @@ def test_nothing_but_failures(printed: Callable[[], tuple[str, str]]) -> None:
 
 def test_estimates(printed: Callable[[], tuple[str, str]]) -> None:
     known = [
-        CellEstimate(Cell("P36", "manual", 0), is_finished=True, seconds=3.0),
-        CellEstimate(Cell("P36", "p-tuning", 0), is_finished=False, seconds=90.0),
-        CellEstimate(Cell("P36", "p-tuning", 1), is_finished=False, seconds=4000.0),
+        CellResult(Cell("P36", "manual", 0), "waiting", was_there=True, seconds=3.0),
+        CellResult(Cell("P36", "p-tuning", 0), "waiting", seconds=90.0),
+        CellResult(Cell("P36", "p-tuning", 1), "waiting", seconds=4000.0),
     ]
     comparisons.show_estimates(known)
     out, _ = printed()
@@ -508,7 +508,7 @@ def test_estimates(printed: Callable[[], tuple[str, str]]) -> None:
     assert rows["p-tuning"] == ["2", "0", "1", "h", "08", "min"]
     assert "P36  manual  seed 0: finished\nP36  p-tuning  seed 0: 2 min\nP36  p-tuning  seed 1: 1 h 07 min\n" in out
     assert out.endswith("2 of 3 cells to run, estimated time: 1 h 08 min; nothing was run\n")
-    comparisons.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
+    comparisons.show_estimates([*known, CellResult(Cell("P36", "in-context", 0), "waiting")])
     out, _ = printed()
     assert "P36  in-context  seed 0: unknown\n" in out
     assert "3 of 4 cells to run, estimated time: 1 h 08 min + unknown; nothing was run\n" in out
@@ -532,10 +532,10 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
     monkeypatch.setattr(terminal, "_errors", lambda: console)
     told: list[Progress] = []
 
-    class Stub(Suite):
+    class Stub(Comparison):
         def __init__(self) -> None:
             """Takes nothing: its cells are all there."""
-            self.out = tmp_path
+            self.out, self.workers, self.watch = tmp_path, None, Watch(report=tell)
 
         @functools.cached_property
         def cells(self) -> list[Cell]:
@@ -554,7 +554,7 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
             told.append(progress)
             report(progress)
 
-        for result in Stub().run(report=tell):
+        for result in Stub().results():
             comparisons.show_cell(result, 1, 2)
         report(Progress("suite", 1, 2, "P36 p-tuning"))
         time.sleep(0.15)  # two frames
