@@ -92,7 +92,7 @@ def work(case: Case, how: str, settings: Settings) -> dict[str, float]:
     if how == "estimate":
         found = estimate.estimate(template, data, backbone=backbone, **given)
         say(json.dumps(found.to_json()))
-        seconds, peak = found.seconds.total, found.memory.peak
+        seconds, peak = found.seconds["total"], found.memory["peak"]
     else:
         with tempfile.TemporaryDirectory() as folder:
             ptuning.train(template, data, backbone=backbone, out=f"{folder}/run", **given)

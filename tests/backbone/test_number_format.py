@@ -273,7 +273,7 @@ def test_weights_of_4_bits_stay_where_they_are(wide: Path) -> None:
 @TORCHAO
 def test_an_estimate_counts_the_bytes_that_are_there(load: Callable[[str | None], Backbone]) -> None:
     whole, packed = (
-        estimate(WARM, RECORDS * 4, backbone=load(quantize), config=TrainConfig(epochs=1)).memory.weights
+        estimate(WARM, RECORDS * 4, backbone=load(quantize), config=TrainConfig(epochs=1)).memory["weights"]
         for quantize in (None, "int8")
     )
     assert packed < 0.6 * whole

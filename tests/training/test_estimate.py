@@ -47,21 +47,22 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_seconds_add_up(causal: Backbone) -> None:
     one = estimated(causal)
     found = one.seconds
-    assert found.epoch == pytest.approx(3.0, rel=0.2)  # a second for each of 3 steps
-    assert found.dev == 1.0
-    assert found.answers == 2.0  # scored once more, and written
-    assert found.total == pytest.approx(2 * found.epoch + 3 * 1.0 + found.saving + 2.0)
+    assert found["epoch"] == pytest.approx(3.0, rel=0.2)  # a second for each of 3 steps
+    assert found["dev"] == 1.0
+    assert found["answers"] == 2.0  # scored once more, and written
+    assert found["total"] == pytest.approx(2 * found["epoch"] + 3 * 1.0 + found["saving"] + 2.0)
     several = estimated(causal, num_restarts=3).seconds
-    assert several.total == pytest.approx(3 * (2 * several.epoch + 3.0 + several.saving) + 2.0)
+    assert several["total"] == pytest.approx(3 * (2 * several["epoch"] + 3.0 + several["saving"]) + 2.0)
 
 
 def test_bytes_add_up(causal: Backbone) -> None:
     found = estimated(causal).memory
-    assert replace(found, before=0).peak == found.training
-    assert replace(found, before=2 * found.training).peak == 2 * found.training
-    assert found.weights == pytest.approx(4 * causal.parameters, rel=0.01)  # and what it keeps besides weights
-    assert (found.constant_part, found.on_disk, found.other_starts) == (0, 0, 0)
-    assert estimated(causal, num_restarts=2).memory.other_starts > 0
+    sums = ("training", "before", "peak", "on_disk")
+    assert found["training"] == sum(value for name, value in found.items() if name not in sums)
+    assert found["peak"] == max(found["training"], found["before"])
+    assert found["weights"] == pytest.approx(4 * causal.parameters, rel=0.01)  # and what it keeps besides weights
+    assert (found["constant_part"], found["on_disk"], found["other_starts"]) == (0, 0, 0)
+    assert estimated(causal, num_restarts=2).memory["other_starts"] > 0
 
 
 def test_the_kv_cache_is_counted_for_all_rows(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +74,14 @@ def test_the_kv_cache_is_counted_for_all_rows(causal: Backbone, monkeypatch: pyt
     cache = run.trainer(0).learner.prefix_cache
     assert cache.prepare([row for items in run.items.values() for item in items for row in item.inputs])
     found = module.estimate_spec(spec, causal)
-    assert found.memory.constant_part == pytest.approx(cache.memory_bytes, rel=0.01)
-    assert found.seconds.constant_part > 0
+    assert found.memory["constant_part"] == pytest.approx(cache.memory_bytes, rel=0.01)
+    assert found.seconds["constant_part"] > 0
     monkeypatch.setattr("ptuning.engine.prefix_cache.free_bytes", lambda _: 800)
     for disk in (0.0, 4e-6, 1.0):
         config = TrainConfig(epochs=2, batch_size=2, cache_memory=0.5, cache_disk=disk)
         small = module.estimate_spec(replace(spec, config=config), causal)
-        assert small.memory.constant_part == 400
-        assert small.memory.on_disk == pytest.approx(min(disk * 1e9, cache.memory_bytes - 400), rel=0.01)
+        assert small.memory["constant_part"] == 400
+        assert small.memory["on_disk"] == pytest.approx(min(disk * 1e9, cache.memory_bytes - 400), rel=0.01)
 
 
 @pytest.mark.usefixtures("ticking")
@@ -97,9 +98,9 @@ def test_texts_without_room_take_time_in_every_epoch(causal: Backbone, monkeypat
         spec = TrainSpec(LATE, FACTS[:15], dev=FACTS[15:], config=TrainConfig(epochs=2, batch_size=2, cache_memory=0.5))
         found.append(module.estimate_spec(spec, causal))
     roomy, tight = found
-    assert tight.memory.constant_part < roomy.memory.constant_part
-    assert tight.seconds.epoch > roomy.seconds.epoch
-    assert tight.seconds.dev > roomy.seconds.dev
+    assert tight.memory["constant_part"] < roomy.memory["constant_part"]
+    assert tight.seconds["epoch"] > roomy.seconds["epoch"]
+    assert tight.seconds["dev"] > roomy.seconds["dev"]
 
 
 def test_it_is_public_and_its_numbers_are_json(causal: Backbone) -> None:
@@ -108,8 +109,8 @@ def test_it_is_public_and_its_numbers_are_json(causal: Backbone) -> None:
     values = json.loads(json.dumps(found.to_json()))
     assert values["steps"] == 3
     assert values["longest_pass"] == {"rows": 2, "tokens": found.longest_pass[1]}
-    assert values["memory_bytes"]["peak"] == found.memory.peak
-    assert values["seconds"]["total"] == found.seconds.total > 0
+    assert values["memory_bytes"]["peak"] == found.memory["peak"]
+    assert values["seconds"]["total"] == found.seconds["total"] > 0
     assert (values["train_records"], values["dev_records"], values["train_backbone"]) == (5, 5, "none")
 
 
@@ -123,9 +124,9 @@ def test_arguments_are_checked_as_training_checks_them(causal: Backbone) -> None
 def test_a_tuned_backbone_takes_a_copy_gradients_and_moments(causal: Backbone) -> None:
     frozen, tuned = estimated(causal).memory, estimated(causal, train_backbone="full").memory
     size = 4 * causal.parameters
-    assert tuned.trained - frozen.trained == size
-    assert tuned.gradients - frozen.gradients == size
-    assert tuned.optimizer - frozen.optimizer == 2 * size
+    assert tuned["trained"] - frozen["trained"] == size
+    assert tuned["gradients"] - frozen["gradients"] == size
+    assert tuned["optimizer"] - frozen["optimizer"] == 2 * size
 
 
 @pytest.mark.parametrize("train_backbone", ["none", "full", "lora"])
@@ -193,7 +194,7 @@ def test_deep_slots_in_front_cost_no_token_and_nothing_is_kept_behind_them(
     plain = module.estimate_spec(TrainSpec("[X] is [P] [Y]", FACTS[:15], dev=FACTS[15:], config=config), causal)
     deep = module.estimate_spec(TrainSpec("[D*9] [X] is [P] [Y]", FACTS[:15], dev=FACTS[15:], config=config), causal)
     assert (plain.deep_in_front, deep.deep_in_front) == (0, 9)
-    assert plain.memory.constant_part > 0
-    assert deep.memory.constant_part == 0
+    assert plain.memory["constant_part"] > 0
+    assert deep.memory["constant_part"] == 0
     assert deep.longest_pass[1] <= plain.longest_pass[1]
     assert deep.to_json()["deep_in_front"] == 9

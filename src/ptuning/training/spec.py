@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from typing_extensions import Self
 
@@ -21,25 +21,6 @@ from ptuning.template.language import Template
 
 # Template of a chat until the backbone's chat template is known.
 ANY_CHAT = Template.parse("[C] [Y]")
-
-
-class SpecOptions(TypedDict, total=False):
-    """Keyword arguments that become fields of :class:`TrainSpec`."""
-
-    dev: Source | None
-    config: TrainConfig | None
-    labels: Labels | None
-    alias_label: Merge | None
-    strict: bool
-    task: TaskFile | str | None
-    calibrate: bool | None
-    method: str | None
-    manual: str | None
-    about: str | None
-    pattern: int | None
-    chat: bool
-    system: str | None
-    fields: Mapping[str, str] | None
 
 
 @dataclass(frozen=True)

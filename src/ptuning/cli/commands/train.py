@@ -263,29 +263,29 @@ def show_forecast(found: Forecast) -> None:
             "change, no text behind them is kept"
         )
     sizes = {
-        "backbone": memory.weights,
-        "what is trained": memory.trained,
-        "its gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations of the largest pass": memory.activations,
-        "kept text in front of the slots": memory.constant_part,
-        "the best of earlier starts": memory.other_starts,
-        "process and allocator": memory.rest,
+        "backbone": memory["weights"],
+        "what is trained": memory["trained"],
+        "its gradients": memory["gradients"],
+        "optimizer": memory["optimizer"],
+        "activations of the largest pass": memory["activations"],
+        "kept text in front of the slots": memory["constant_part"],
+        "the best of earlier starts": memory["other_starts"],
+        "process and allocator": memory["rest"],
     }
-    sums = {"training": _megabytes(memory.training), "peak, loading included": _megabytes(memory.peak)}
+    sums = {"training": _megabytes(memory["training"]), "peak, loading included": _megabytes(memory["peak"])}
     _table(("memory", "MB"), {name: _megabytes(size) for name, size in sizes.items() if size}, sums)
-    if memory.on_disk:
-        spilled = _megabytes(memory.on_disk)
+    if memory["on_disk"]:
+        spilled = _megabytes(memory["on_disk"])
         terminal.line(f"{spilled} MB of the kept text do not fit and go to the disk, which takes longer")
     scored, starts = found.starts * (found.epochs + 1), f", {found.starts} starts" if found.starts > 1 else ""
     times = {
-        "preparing": seconds.preparing + seconds.constant_part,
-        "training, per epoch": seconds.epoch,
-        f"scoring the development part, each of {scored} times": seconds.dev,
-        "checkpoints": seconds.saving,
-        "answers in the end": seconds.answers,
+        "preparing": seconds["preparing"] + seconds["constant_part"],
+        "training, per epoch": seconds["epoch"],
+        f"scoring the development part, each of {scored} times": seconds["dev"],
+        "checkpoints": seconds["saving"],
+        "answers in the end": seconds["answers"],
     }
-    total = {f"all of it: {found.epochs} epochs{starts}": terminal.duration(seconds.total)}
+    total = {f"all of it: {found.epochs} epochs{starts}": terminal.duration(seconds["total"])}
     _table(("time", ""), {name: terminal.duration(value) for name, value in times.items()}, total)
     terminal.line("at most: training stops early if nothing gets better. Nothing was trained or written")
 
