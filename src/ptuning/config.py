@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -291,11 +291,12 @@ def acts_on(setting: str, facts: TrainingFacts) -> bool:
     return setting not in NEEDS or NEEDS[setting][1](facts)
 
 
-def refuse_unused(config: TrainConfig, facts: TrainingFacts) -> None:
-    """Raise a ConfigError that names the settings that were given, and that cannot act on this training."""
-    unused = [
-        name for name in type(config).model_fields if name in config.model_fields_set and not acts_on(name, facts)
-    ]
+def refuse_unused(config: TrainConfig, *facts: TrainingFacts, common: Collection[str] = ()) -> None:
+    """Raise a ConfigError that names the settings that were given and act on no training with one of these facts, but
+    for ``common`` ones of several trainings.
+    """
+    given = [name for name in type(config).model_fields if name in config.model_fields_set and name not in common]
+    unused = [name for name in given if not any(acts_on(name, one) for one in facts)]
     if unused:
         needs = "; ".join(f"{name} needs {NEEDS[name][0]}" for name in unused)
         raise ConfigError(f"settings without effect in this training: {needs}. Leave them out")

@@ -558,3 +558,14 @@ def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_p
                 last.release(name)
         last.save()
     assert list(new_loop().run()) == []
+
+
+def test_a_setting_of_all_prompts_acts_on_one_of_them(causal: Backbone) -> None:
+    config = TrainConfig(epochs=1, deep_lr=0.1)
+    frozen, deep = (
+        FleetPrompt(name, template, FACTS, config=config, common=frozenset({"deep_lr"}))
+        for name, template in (("plain", "[P] [X] [Y]"), ("deep", "[D] [X] [Y]"))
+    )
+    assert len(train_fleet([frozen, deep], backbone=causal).results) == 2
+    with pytest.raises(ConfigError, match="deep_lr"):
+        train_fleet([frozen], backbone=causal)

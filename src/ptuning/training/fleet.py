@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import refuse_unused
 from ptuning.engine.processes import this_writes, wait_for_all
 from ptuning.errors import ConfigError, PTuningError, TrainingError
 from ptuning.files import Json, write_json
@@ -109,6 +110,11 @@ def train_fleet(
     jobs = jobs if part is None else part.share(jobs)
     fleet = FleetJobs(prompts, folder, backbone, at_once=at_once, resume=resume, overwrite=overwrite, command=command)
     runs = fleet.runs = fleet.prepared(jobs)
+    # Settings for all prompts must act on one of them.
+    for name, run in runs.items() if part is None else ():
+        given = next(prompt for prompt in prompts if prompt.name == name)
+        own = set(run.config.model_fields_set).difference(given.common)
+        refuse_unused(run.config, *(other.prepared.facts for other in runs.values()), common=own)
     wait_for_all()  # all have looked at the folder
     if folder is not None and part is None and this_writes():
         # Left by a killed process; and unless they resume, checkpoints of other fleets.

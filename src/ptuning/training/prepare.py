@@ -117,7 +117,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         has_dev=spec.dev is not None,
         uses_cache=config.cache_memory > 0,
     )
-    refuse_unused(config, facts)
+    refuse_unused(config, facts, common=spec.common)
     if shown is not None:
         shown.check_length(bound)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class TrainSpec:
         chat: Whether records are conversations, learned in the model's own chat template.
         system: System text that the slots of a chat start at.
         fields: New name -> name in the data.
+        common: Settings that need not act on this training: those that a fleet has for all of its prompts.
         checked: Report in the data, once it was read (:meth:`check`).
         notes: Lines that a user should know about the data and the template.
     """
@@ -71,6 +72,7 @@ class TrainSpec:
     chat: bool = False
     system: str | None = None
     fields: Mapping[str, str] | None = None
+    common: Collection[str] = ()
     checked: Report | None = None
     notes: tuple[str, ...] = ()
 

@@ -88,11 +88,11 @@ def test_a_finished_fleet_takes_further_prompts_in(llama: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("epochs = 1", "epochs = 0", ["prompt 'facts-seed=0'", "epochs", "epochs"]),
+        ("epochs = 1", "epochs = 0", ["prompt 'facts'", "epochs", "epochs"]),
         ('data = "kinds.jsonl"', 'data = "kind.jsonl"', ["prompt 'kinds'", "kind.jsonl"]),
         ('manual = "[X] is [Y] ."', "", ["prompt 'facts-seed=0'", "template", "manual"]),
         ('manual = "[X] is [Y] ."', 'manual = "[X] is"', ["prompt 'facts-seed=0'", "[Y]"]),
-        ('bad = "no"', "bad = 3", ["prompt 'kinds'", "'labels.bad' must be a list of texts", "is 3"]),
+        ('bad = "no"', "bad = 3", ["prompt 'kinds'", "'labels'", "3"]),
         ("epochs = 1", 'train_backbone = "lora"', ["prompt 'facts-seed=0'", "frozen backbone"]),
         ('name = "kinds"', 'name = "a/b"', ["a/b", "folder"]),
     ],
@@ -112,3 +112,8 @@ def test_a_prompt_that_comes_to_nothing_ends_with_exit_code_1(llama: str) -> Non
     assert result.code == 1, result.err
     assert "failed" in result.out
     assert [row["status"] for row in saved()["prompts"]] == ["done", "done", "failed"]
+
+
+def test_a_log_and_workers(llama: str) -> None:
+    """Numbers of trainings stay in their workers."""
+    fails(*fleet(llama, "--log-to", "csv", "--workers", "2"), says=["--log-to", "--workers"])

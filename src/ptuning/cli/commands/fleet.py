@@ -17,15 +17,13 @@ from rich.table import Table
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.commands.train import check_resume
 from ptuning.cli.options import OUTPUT, TRAINING, AskedBackbone, Shares, option, shares_of
-from ptuning.config import TrainConfig
-from ptuning.errors import PTuningError
+from ptuning.errors import ConfigError, PTuningError
 from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.files import Json
     from ptuning.training.fleet import FleetResult
-    from ptuning.training.fleet_file import FleetEntry
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.workers.jobs import WorkPart
@@ -60,9 +58,11 @@ def fleet(
     check_resume(resume=resume, overwrite=overwrite)
     file = read_fleet(config)
     part, workers = shares.own, shares.pool(backbone)
-    layout = fleet_layout(entry.name for entry in file.entries)
+    layout = fleet_layout(prompt.name for prompt in file.prompts)
     check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
-    prompts = read_prompts(file.entries)
+    if log_to is not None and workers is not None:
+        raise ConfigError("--log-to logs trainings of this process; leave out --workers and --ray")
+    prompts = read_prompts(file.prompts)
     log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
     loaded = inputs.load(replace(backbone, name=backbone.name or file.backbone), spread=True)
     prompts = place_all(prompts, loaded)
@@ -90,19 +90,15 @@ def fleet(
         raise typer.Exit(1)
 
 
-def read_prompts(entries: Sequence[FleetEntry]) -> list[FleetPrompt]:
+def read_prompts(unread: Sequence[FleetPrompt]) -> list[FleetPrompt]:
     """Read the data of a fleet's prompts, each file once; an error names the prompt."""
-    from ptuning.training.spec import FleetPrompt
-
     cache: dict[object, Any] = {}
     prompts = []
-    for entry in entries:
+    for prompt in unread:
         try:
-            config = TrainConfig.from_json(entry.settings)
-            given = cast("dict[str, Any]", {"template": None, **entry.inputs})
-            prompts.append(FleetPrompt(entry.name, **given, config=config).check(cache))
+            prompts.append(prompt.check(cache))
         except PTuningError as error:
-            raise type(error)(f"prompt '{entry.name}': {error}") from error
+            raise type(error)(f"prompt '{prompt.name}': {error}") from error
     notes: list[str] = []
     for prompt in prompts:
         doubts = prompt.checked.warnings if prompt.checked is not None else ()
