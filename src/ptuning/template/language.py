@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ptuning.errors import TemplateError
 from ptuning.records import TARGET_FIELD
@@ -90,6 +91,7 @@ class Turn:
 
 
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
+SHOWN_EXAMPLES = TextSlots(EXAMPLES, deep=True)
 BRACKETS: Mapping[str, Piece] = {
     "X": Field("x"),
     "C": Conversation(),
@@ -98,6 +100,14 @@ BRACKETS: Mapping[str, Piece] = {
     "P": Slots(1),
     "D": Slots(1, deep=True),
 }
+TOKEN = re.compile(
+    r"""(?P<escape>\[\[|\{\{)
+    |\[(?P<kind>[PD]):(?P<words>(?:\[\[|\]\]|[^\[\]])*)\](?!\])
+    |\[(?![PD]:)(?P<bracket>[^\]]*)\]
+    |\{(?P<field>[^}]*)\}
+    |(?P<text>[^\[{]+)""",
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True)
@@ -113,23 +123,25 @@ class Template:
     pieces: tuple[Piece, ...]
 
     def __post_init__(self) -> None:
-        _check_characters(str(self))
-        targets = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)]
-        if not targets:
+        pattern = str(self)
+        try:
+            pattern.encode()
+        except UnicodeEncodeError as error:
+            message = "half a character (a lone surrogate); write the template in UTF-8"
+            raise TemplateError(message, pattern=pattern, column=error.start) from error
+        for kind, message in (
+            (Target, "a template has exactly one [Y], this one has two or more"),
+            (Turn, "a template turns to the decoder's side once, this one has two or more [>]"),
+            (Conversation, "a template has one conversation, this one has two or more [C]"),
+            (SHOWN_EXAMPLES, "a template shows examples once, this one has two or more [D:examples]"),
+        ):
+            places = self._places(kind)
+            if len(places) > 1:
+                raise self.error(message, places[1])
+        if not self._places(Target):
             raise self.error("a template needs one [Y], the place of the target; this one has none", len(self.pieces))
-        if len(targets) > 1:
-            raise self.error("a template has exactly one [Y], this one has two or more", targets[1])
-        turns = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Turn)]
-        if len(turns) > 1:
-            raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
-        if turns and turns[0] > targets[0]:
-            raise self.error("[>] comes after [Y], but the target is always on the decoder's side", turns[0])
-        chats = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Conversation)]
-        if len(chats) > 1:
-            raise self.error("a template has one conversation, this one has two or more [C]", chats[1])
-        shown = [index for index, piece in enumerate(self.pieces) if piece == TextSlots(EXAMPLES, deep=True)]
-        if len(shown) > 1:
-            raise self.error("a template shows examples once, this one has two or more [D:examples]", shown[1])
+        if self.turn is not None and self.turn > self.target:
+            raise self.error("[>] comes after [Y], but the target is always on the decoder's side", self.turn)
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
@@ -157,27 +169,48 @@ class Template:
         """
         parsed = cls.parse(manual)
         parsed.check_manual()
-        front: list[Piece] = []
+        noun = about.strip() if about is not None else ""
         if after:
-            words = [Literal(f"The {about.strip()}: ")] if about is not None and about.strip() else []
             at = parsed.end_of_fields()
+            words = [Literal(f"The {noun}: ")] if noun else []
             return cls(tuple(_joined([*words, *parsed.pieces[:at], *_words_to_slots(parsed.pieces[at:])])))
-        if about is not None and about.strip():
-            front = [TextSlots(f"The {about.strip()}:"), Literal(" ")]
+        front: list[Piece] = []
+        if noun:
+            front = [TextSlots(f"The {noun}:"), Literal(" ")]
         elif not (isinstance(parsed.pieces[0], Literal) and parsed.pieces[0].text.strip()):
             front = [Slots(DEFAULT_FRONT_SLOTS), Literal(" ")]
         return cls(tuple(_joined([*front, *_words_to_slots(parsed.pieces)])))
 
     def check_manual(self) -> None:
         """Raise a TemplateError at the first slot."""
-        for index, piece in enumerate(self.pieces):
-            if isinstance(piece, Slots | TextSlots):
-                raise self.error("a manual template has no slots; give this one as --template", index)
+        if self.has_slots:
+            index = min(self._places(Slots | TextSlots))
+            raise self.error("a manual template has no slots; give this one as --template", index)
+
+    def _places(self, kind: Any) -> list[int]:
+        """Return the indices of the pieces of a type, or equal to a piece."""
+        is_type = not isinstance(kind, TextSlots)
+        return [at for at, piece in enumerate(self.pieces) if (isinstance(piece, kind) if is_type else piece == kind)]
+
+    @property
+    def target(self) -> int:
+        """Index of ``[Y]`` among the pieces."""
+        return self._places(Target)[0]
+
+    @property
+    def turn(self) -> int | None:
+        """Index of ``[>]`` among the pieces, None without one."""
+        return next(iter(self._places(Turn)), None)
+
+    @property
+    def examples(self) -> int | None:
+        """Index of ``[D:examples]`` among the pieces, None without one."""
+        return next(iter(self._places(SHOWN_EXAMPLES)), None)
 
     @property
     def has_slots(self) -> bool:
         """Whether the template has slots; without, it is a manual prompt."""
-        return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
+        return bool(self._places(Slots | TextSlots))
 
     @property
     def has_deep(self) -> bool:
@@ -190,19 +223,9 @@ class Template:
         return any(isinstance(piece, Slots | TextSlots) and not piece.deep for piece in self.pieces)
 
     @property
-    def examples(self) -> int | None:
-        """Index of ``[D:examples]`` among the pieces, None without one."""
-        return next((index for index, piece in enumerate(self.pieces) if piece == TextSlots(EXAMPLES, deep=True)), None)
-
-    @property
     def has_conversation(self) -> bool:
         """Whether the template reads a conversation (``[C]``)."""
-        return any(isinstance(piece, Conversation) for piece in self.pieces)
-
-    @property
-    def turn(self) -> int | None:
-        """Index of ``[>]`` among the pieces, None without one."""
-        return next((index for index, piece in enumerate(self.pieces) if isinstance(piece, Turn)), None)
+        return bool(self._places(Conversation))
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -211,15 +234,14 @@ class Template:
 
     def end_of_fields(self) -> int:
         """Return the index after the last field before the target; a TemplateError without words there."""
-        target = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target))
-        at = 1 + max((index for index in range(target) if isinstance(self.pieces[index], Field)), default=-1)
-        if not at or not any(map(_has_words, self.pieces[at:target])):
+        at = 1 + max((index for index in self._places(Field) if index < self.target), default=-1)
+        if not at or not any(map(_has_words, self.pieces[at : self.target])):
             raise self.error("no words between the last field and [Y], which could be slots after the text", at)
         return at
 
     def without_tail(self) -> tuple[Template, str]:
         """Return the template up to the target, and the dropped rest as a pattern (for models that write)."""
-        end = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)) + 1
+        end = self.target + 1
         return Template(self.pieces[:end]), render(self.pieces[end:])
 
     def without_slots(self) -> Template:
@@ -272,89 +294,50 @@ def render(pieces: Iterable[Piece]) -> str:
     return "".join(written)
 
 
-def _check_characters(pattern: str) -> None:
-    try:
-        pattern.encode()
-    except UnicodeEncodeError as error:
-        message = "half a character (a lone surrogate); write the template in UTF-8"
-        raise TemplateError(message, pattern=pattern, column=error.start) from error
-
-
-def _scan(pattern: str) -> list[Piece]:
-    pieces: list[Piece] = []
+def _scan(pattern: str) -> Iterator[Piece]:
     at = 0
     while at < len(pattern):
-        if pattern.startswith(("[[", "{{"), at):
-            pieces.append(Literal(pattern[at]))
-            at += 2
-        elif pattern[at] == "[":
-            piece, at = _bracket(pattern, at)
-            pieces.append(piece)
-        elif pattern[at] == "{":
-            piece, at = _field(pattern, at)
-            pieces.append(piece)
-        else:
-            end = next((i for i in range(at, len(pattern)) if pattern[i] in "[{"), len(pattern))
-            pieces.append(Literal(pattern[at:end]))
-            at = end
-    return pieces
+        match = TOKEN.match(pattern, at)
+        if match is None:
+            if pattern[at] == "{":
+                message = "unclosed brace; expected {field} or {field!}, and {{ for a literal brace"
+            elif pattern.startswith(("[P:", "[D:"), at):
+                words = pattern[at : at + 2]
+                message = (
+                    f"unclosed bracket; expected ] after the words of {words}:words], and [[ for a bracket among them"
+                )
+            else:
+                message = f"unclosed bracket; {EXPECTED}"
+            raise TemplateError(message, pattern=pattern, column=at)
+        yield _piece(match)
+        at = match.end()
 
 
-def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
-    if pattern.startswith(("[P:", "[D:"), start):
-        return _text_slots(pattern, start)
-    end = pattern.find("]", start)
-    if end < 0:
-        raise TemplateError(f"unclosed bracket; {EXPECTED}", pattern=pattern, column=start)
-    inside = pattern[start + 1 : end]
-    if inside in BRACKETS:
-        return BRACKETS[inside], end + 1
-    counted = re.fullmatch(r"([PD])\*([0-9]+)", inside)
-    if counted is None:
-        raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
-    count = int(counted[2]) if len(counted[2]) < 7 else MAX_SLOTS + 1
-    if not 1 <= count <= MAX_SLOTS:
-        raise TemplateError(f"a piece takes 1 to {MAX_SLOTS} slots, not {counted[2]}", pattern=pattern, column=start)
-    return Slots(count, deep=counted[1] == "D"), end + 1
-
-
-def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
-    text: list[str] = []
-    kind = pattern[start + 1]
-    at = start + len("[P:")
-    while at < len(pattern):
-        if pattern.startswith(("[[", "]]"), at):
-            text.append(pattern[at])
-            at += 2
-        elif pattern[at] == "[":
-            message = f"unclosed bracket; expected ] after the words of [{kind}:words], and [[ for a bracket among them"
-            raise TemplateError(message, pattern=pattern, column=start)
-        elif pattern[at] == "]":
-            if not "".join(text).strip():
-                where = "at a token of the data" if kind == "D" else "at random"
-                message = f"[{kind}:words] without words; write [{kind}] for one slot that starts {where}"
-                raise TemplateError(message, pattern=pattern, column=start)
-            return TextSlots("".join(text), deep=kind == "D"), at + 1
-        else:
-            text.append(pattern[at])
-            at += 1
-    raise TemplateError(
-        f"unclosed bracket; expected ] after the words of [{kind}:words]", pattern=pattern, column=start
-    )
-
-
-def _field(pattern: str, start: int) -> tuple[Field, int]:
-    end = pattern.find("}", start)
-    if end < 0:
-        message = "unclosed brace; expected {field} or {field!}, and {{ for a literal brace"
-        raise TemplateError(message, pattern=pattern, column=start)
-    inside = pattern[start + 1 : end]
-    keep = inside.endswith("!")
-    name = inside[:-1] if keep else inside
-    if not name.strip() or name != name.strip() or "{" in name or "[" in name:
+def _piece(match: re.Match[str]) -> Piece:
+    """Return the piece of a token; a TemplateError if it is none."""
+    message, kind = "", match["kind"]
+    if match["text"] or match["escape"]:
+        return Literal(match["text"] or match["escape"][0])
+    if kind:
+        if match["words"].strip():
+            return TextSlots(match["words"].replace("[[", "[").replace("]]", "]"), deep=kind == "D")
+        start = "at a token of the data" if kind == "D" else "at random"
+        message = f"[{kind}:words] without words; write [{kind}] for one slot that starts {start}"
+    elif match["field"] is not None:
+        name = match["field"].removesuffix("!")
+        if name.strip() and name == name.strip() and not {"{", "["} & {*name}:
+            return Field(name, keep=match["field"].endswith("!"))
         message = "a field's name goes in braces; expected {field} or {field!}"
-        raise TemplateError(message, pattern=pattern, column=start)
-    return Field(name, keep), end + 1
+    elif match["bracket"] in BRACKETS:
+        return BRACKETS[match["bracket"]]
+    elif counted := re.fullmatch(r"([PD])\*([0-9]+)", match["bracket"]):
+        digits = counted[2]
+        if len(digits) < 7 and 1 <= int(digits) <= MAX_SLOTS:
+            return Slots(int(digits), deep=counted[1] == "D")
+        message = f"a piece takes 1 to {MAX_SLOTS} slots, not {digits}"
+    else:
+        message = f"unknown piece [{match['bracket']}]; {EXPECTED}"
+    raise TemplateError(message, pattern=match.string, column=match.start())
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
