@@ -13,9 +13,9 @@ from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError, RecordError, TemplateError
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.storage import BackboneId
-from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
+from ptuning.template.chat import DEFAULT_SYSTEM, chat_template
 from ptuning.template.encode import Example, TokenizedTemplate, TooLongError
-from ptuning.template.language import Template
+from ptuning.template.language import Literal, Target, Template, TextSlots
 from ptuning.template.messages import ASSISTANT, USER, read_messages, write_messages
 from ptuning.template.messages import ChatMessage as Turn
 from tests.chats import PLAIN, SHAPES, SPECIALS, chat_tokenizer, shaped
@@ -84,13 +84,11 @@ def test_a_template_is_made_of_the_models_own(name: str) -> None:
     shape, tokenizer = SHAPES[name], chat_tokenizer(name)
     made = chat_template(tokenizer)
     assert Template.parse(str(made)) == made
-    parts = chat_parts(tokenizer)
-    assert (parts.header, parts.end) == (shape.header, shape.end)
-    assert (parts.after_system is None) == (shape.system == "none")
-    own = "You are Tiny, made for tests." if shape.system == "own" else ""
-    assert parts.system == own
-    assert f"[P:{own or DEFAULT_SYSTEM}]" in str(made)
-    assert f"[P:{SYSTEM}]" in str(chat_template(tokenizer, SYSTEM))
+    assert made.pieces[-3:] == (Literal(shape.header), Target(), Literal(shape.end))
+    own = "You are Tiny, made for tests." if shape.system == "own" else DEFAULT_SYSTEM
+    after = made.pieces[made.pieces.index(TextSlots(own)) + 1]
+    assert (after == Literal("\n\n")) == (shape.system == "none") or name == "llama-2"
+    assert TextSlots(SYSTEM) in chat_template(tokenizer, SYSTEM).pieces
 
 
 @every_shape
@@ -160,19 +158,13 @@ def test_contents_never_become_markup(name: str) -> None:
 @every_shape
 def test_what_a_chat_template_changes_is_refused(name: str) -> None:
     """Qwen's cuts thoughts out of answers: then the model would not read what the record says."""
-    turns = [
-        Turn(USER, "a"),
-        Turn(ASSISTANT, "it is far</think>yes"),
-        Turn(USER, "b"),
-        Turn(ASSISTANT, "no"),
-    ]
+    turns = [Turn(USER, "a"), Turn(ASSISTANT, "it is far</think>yes"), Turn(USER, "b"), Turn(ASSISTANT, "no")]
     if name != "qwen":
         assert bound(name).examples([record_of(turns)])
         return
-    with pytest.raises(RecordError, match="record 1: the model's chat template does not write the assistant's text"):
-        bound(name).examples([record_of(turns)])
-    with pytest.raises(RecordError, match="does not write the assistant's text 'it is far</think>yes' as it is"):
-        bound(name).examples([record_of(turns[:2])])
+    for own in (turns, turns[:2]):
+        with pytest.raises(RecordError, match=r"record 1: .*assistant's text 'it is far</think>yes'"):
+            bound(name).examples([record_of(own)])
 
 
 def with_template(jinja: str) -> TextTokenizer:
@@ -249,18 +241,9 @@ def test_what_is_shown_of_a_cut_conversation_is_what_is_learned() -> None:
         assert shown == [*read, example.target_ids[-1]]  # the last one is never read
 
 
-def test_a_text_alone_is_what_the_user_says() -> None:
-    filled = bound("zephyr")
-    one, other = filled.contexts([{"messages": "Is it far?"}, {"messages": write_messages([Turn(USER, "Is it far?")])}])
-    assert one == other
-
-
 def test_positions_say_who_speaks() -> None:
-    filled, turns = (
-        bound("chatml"),
-        [Turn(USER, "yes"), Turn(ASSISTANT, "no"), Turn(USER, "film"), Turn(ASSISTANT, "a")],
-    )
-    shown = [part for part, _ in filled.describe(record_of(turns))]
+    turns = [Turn(USER, "yes"), Turn(ASSISTANT, "no"), Turn(USER, "film"), Turn(ASSISTANT, "a")]
+    shown = [part for part, _ in bound("chatml").describe(record_of(turns))]
     assert [part for at, part in enumerate(shown) if shown[at - 1 : at] != [part]] == [
         "special", "literal", "slot", "special", "literal", "special", "literal", "user", "special", "literal",
         "special", "literal", "assistant", "special", "literal", "special", "literal", "user", "special", "literal",
@@ -295,28 +278,20 @@ def test_any_template_may_name_the_end_of_its_answers() -> None:
         assert (example.target_ids[-1] in tokenizer.special_ids.values()) is ends
 
 
-def test_a_conversation_is_there_once_and_needs_a_record() -> None:
-    with pytest.raises(TemplateError, match="this one has two or more"):
-        Template.parse("[C] [C] [Y]")
-    with pytest.raises(TemplateError, match="no field 'messages'"):
-        bound("chatml").contexts([{"x": "a"}])
-
-
 @pytest.mark.parametrize(
-    ("turns", "says"),
+    ("roles", "message"),
     [
-        (
-            [Turn(USER, "a"), Turn(USER, "b")],
-            "record 1: turn 2 is of the role 'user', and must be the assistant's",
-        ),
-        ([Turn(ASSISTANT, "a")], "record 1: turn 1 is of the role 'assistant', and must be the user's"),
-        ([Turn(USER, "a"), Turn(ASSISTANT, "b")], "record 1: the last turn is the assistant's"),
-        ([Turn("tool", "a")], "record 1: turn 1 is of the role 'tool'"),
+        ([USER, USER], "record 1: turn 2 .*'user'"),
+        ([ASSISTANT], "record 1: turn 1 .*'assistant'"),
+        ([USER, ASSISTANT], "record 1: the last turn"),
+        (["tool"], "record 1: turn 1 .*'tool'"),
     ],
 )
-def test_turns_that_are_no_conversation(turns: list[Turn], says: str) -> None:
-    with pytest.raises(RecordError, match=says):
-        bound("chatml").contexts([{"messages": write_messages(turns)}])
+def test_turns_that_are_no_conversation(roles: list[str], message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        bound("chatml").contexts([{"messages": write_messages([Turn(role, "a") for role in roles])}])
+    with pytest.raises(TemplateError, match="no field 'messages'"):
+        bound("chatml").contexts([{"x": "a"}])
 
 
 @pytest.mark.parametrize("text", ["[]", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]', "[P*3] is it?"])

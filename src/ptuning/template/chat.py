@@ -7,25 +7,15 @@ into the gaps, where they are text.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from ptuning.errors import BackboneError, RecordError, cut
-from ptuning.records import Record
-from ptuning.template.language import (
-    CONVERSATION_FIELD,
-    Conversation,
-    Literal,
-    Piece,
-    Target,
-    Template,
-    TextSlots,
-    render,
-)
-from ptuning.template.messages import ASSISTANT, SYSTEM, USER, ChatMessage, Messages, newest, read_messages
+from ptuning.template.language import Conversation, Literal, Piece, Target, Template, TextSlots, render
+from ptuning.template.messages import ASSISTANT, SYSTEM, USER, ChatMessage, Messages
 from ptuning.template.segments import LITERAL, NOTHING, MarkedText, Tokenizer, as_markup
 
 logger = logging.getLogger(__name__)
@@ -80,67 +70,14 @@ class ChatMarkup:
         roles = [turn.role for turn in turns]
         pieces = self.around(roles, answer_next=answer_next)
         written = self._tokenizer.render_chat(turns, answer_next=answer_next)
-        if written == "".join(_alternating(pieces, [turn.content for turn in turns])):
+        contents = [*(turn.content for turn in turns), ""]
+        if written == "".join(piece + content for piece, content in zip(pieces, contents, strict=True)):
             return
         changed = next((turn for turn in turns if turn.content not in written), turns[-1])
         raise RecordError(
             f"{where}: the model's chat template does not write the {changed.role}'s text '{cut(changed.content)}' as "
             "it is; leave out of it what the template takes for its own, such as </think>"
         )
-
-
-class Conversations:
-    """The conversations of records, as a template is filled with them, if it reads them (``[C]``). ``limit`` is the
-    most characters of all turns. Raises a BackboneError if the model has no chat template.
-    """
-
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
-        self._markup = ChatMarkup(tokenizer)
-        self._is_read = template.has_conversation
-        if self._is_read:
-            self._markup.around([USER])
-
-    def segments(
-        self, record: Record, limit: int | None = None, *, named: bool = False
-    ) -> list[tuple[str, MarkedText]]:
-        """Return the segments of a record's turns (:meth:`ChatMarkup.between`), all of one name unless ``named``."""
-        segments = self._markup.between(self._turns(record, limit))
-        return segments if named else [(LITERAL, text) for _, text in segments]
-
-    def check(self, record: Record, target: str | None, *, where: str) -> None:
-        """Raise a RecordError if the turns cannot be read, or the chat template would change them or the answer."""
-        if not self._is_read:
-            return
-        turns: list[ChatMessage] = [*read_messages(record[CONVERSATION_FIELD], where=where)]
-        turns += [] if target is None else [ChatMessage(ASSISTANT, target.strip())]
-        self._markup.check(turns, answer_next=target is None, where=where)
-
-    def left_out(self, record: Record, limit: int) -> int:
-        """Return how many turns are left out for want of room."""
-        return len(self._turns(record)) - len(self._turns(record, limit)) if self._is_read else 0
-
-    def _turns(self, record: Record, limit: int | None = None) -> Messages:
-        turns = read_messages(record[CONVERSATION_FIELD])
-        return turns if limit is None else newest(turns, limit)
-
-
-@dataclass(frozen=True)
-class ChatParts:
-    """The parts of a chat template as a template needs them.
-
-    Args:
-        opening: In front of the system text, or of the user's where there is no place for one.
-        system: The template's own system text, empty without one.
-        after_system: Between the system text and the user's; None if there is no place for a system text.
-        header: Between the user's text and the answer: the beginning of the assistant's turn, empty thoughts included.
-        end: Behind an answer, up to the special token that ends the turn.
-    """
-
-    opening: str
-    system: str
-    after_system: str | None
-    header: str
-    end: str
 
 
 def chat_template(tokenizer: Tokenizer, system: str | None = None) -> Template:
@@ -152,59 +89,41 @@ def chat_template(tokenizer: Tokenizer, system: str | None = None) -> Template:
     Raises:
         BackboneError: If the model has no chat template, or it changes the contents of turns.
     """
-    parts = chat_parts(tokenizer)
-    slots = TextSlots(system or parts.system or DEFAULT_SYSTEM)
-    after = APART if parts.after_system is None else parts.after_system
-    pieces: list[Piece] = [Literal(parts.opening), slots, Literal(after), Conversation(), Literal(parts.header)]
-    pieces += [Target(), Literal(parts.end)]
-    return Template(tuple(piece for piece in pieces if piece != Literal("")))
-
-
-def chat_parts(tokenizer: Tokenizer) -> ChatParts:
-    """Take a model's chat template apart; errors as for :func:`chat_template`."""
     markup = ChatMarkup(tokenizer)
-    for turns in ([USER, ASSISTANT], [USER, ASSISTANT, USER, ASSISTANT]):
-        _check_plain(markup, turns)
-    first, header, _ = markup.around([USER, ASSISTANT], answer_next=False)
+    for roles in ([USER, ASSISTANT], [USER, ASSISTANT, USER, ASSISTANT]):
+        turns = [ChatMessage(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
+        try:
+            markup.check(turns, answer_next=False, where="")
+        except RecordError as error:
+            raise BackboneError(
+                "the chat template of this model does not write the texts of turns as they are (it escapes or leaves "
+                "out letters), so it cannot be used; write its markup into a template (--template)"
+            ) from error
+    opening, header, _ = markup.around([USER, ASSISTANT], answer_next=False)
     longer = markup.around([USER, ASSISTANT, USER, ASSISTANT], answer_next=False)
-    if (first, header) != (longer[0], longer[3]):
+    if (opening, header) != (longer[0], longer[3]):
         raise BackboneError(
             "the chat template of this model begins the conversation or its last answer in another way when there are "
             "more turns, so it cannot be used; write its markup into a template (--template)"
         )
-    ending = markup.around([USER])[-1]
-    if not header.startswith(ending):
+    asking = markup.around([USER])[-1]
+    if not header.startswith(asking):
         text = "the chat template asks for an answer after %r, and writes answers after %r, where they are learned"
-        logger.warning(text, ending, header)
-    end = _end(markup, tokenizer)
-    placed = _system_place(markup)
-    if placed is None:
-        return ChatParts(first, "", None, header, end)
-    opening, after = placed
-    own = first[len(opening) : len(first) - len(after)]
-    is_own = first.startswith(opening) and first.endswith(after) and len(first) >= len(opening) + len(after)
-    return ChatParts(opening, own.strip() if is_own else "", after, header, end)
-
-
-def _system_place(markup: ChatMarkup) -> tuple[str, str] | None:
-    """Return the text before and after a system text; None if there is no place for one before all turns."""
-    try:
-        alone = markup.around([SYSTEM, USER])
-        longer = markup.around([SYSTEM, USER, ASSISTANT, USER])
-    except BackboneError:
-        return None
-    return (alone[0], alone[1]) if alone[:2] == longer[:2] else None
-
-
-def _end(markup: ChatMarkup, tokenizer: Tokenizer) -> str:
-    """Return the text after an answer up to the special token that ends the turn, as the conversation goes on; the
-    end of a text if there is none.
-    """
-    after = markup.around([USER, ASSISTANT, USER])[2]
-    end = first_special(after, tokenizer)
-    if end is not None:
-        return end
-    return next((name for name, index in tokenizer.special_ids.items() if index == tokenizer.stop_id), "")
+        logger.warning(text, asking, header)
+    # The text after an answer up to the special token that ends the turn, as the conversation goes on.
+    end = first_special(markup.around([USER, ASSISTANT, USER])[2], tokenizer)
+    if end is None:
+        end = next((name for name, index in tokenizer.special_ids.items() if index == tokenizer.stop_id), "")
+    own, after = "", APART
+    with contextlib.suppress(BackboneError):  # no place for a system text before all turns
+        first, second, *_ = markup.around([SYSTEM, USER])
+        if markup.around([SYSTEM, USER, ASSISTANT, USER])[:2] == (first, second):
+            if len(opening) >= len(first + second) and opening.startswith(first) and opening.endswith(second):
+                own = opening[len(first) : len(opening) - len(second)].strip()
+            opening, after = first, second
+    pieces: list[Piece] = [Literal(opening), TextSlots(system or own or DEFAULT_SYSTEM), Literal(after)]
+    pieces += [Conversation(), Literal(header), Target(), Literal(end)]
+    return Template(tuple(piece for piece in pieces if piece != Literal("")))
 
 
 def first_special(text: str, tokenizer: Tokenizer) -> str | None:
@@ -222,19 +141,3 @@ def own_end(template: Template, tokenizer: Tokenizer) -> tuple[MarkedText, str]:
         return NOTHING, dropped
     rest = Literal(after[0].text.removeprefix(special))
     return MarkedText(special, ((0, len(special)),)), render([rest, *after[1:]])
-
-
-def _check_plain(markup: ChatMarkup, roles: Sequence[str]) -> None:
-    """Raise a BackboneError if the chat template changes letters that it has no use for."""
-    turns = [ChatMessage(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
-    try:
-        markup.check(turns, answer_next=False, where="")
-    except RecordError as error:
-        raise BackboneError(
-            "the chat template of this model does not write the texts of turns as they are (it escapes or leaves out "
-            "letters), so it cannot be used; write its markup into a template (--template)"
-        ) from error
-
-
-def _alternating(pieces: Sequence[str], contents: Iterable[str]) -> list[str]:
-    return [pieces[0], *(text for pair in zip(contents, pieces[1:], strict=True) for text in pair)]

@@ -13,8 +13,19 @@ from operator import itemgetter
 from ptuning.errors import RecordError, TemplateError, in_a_line
 from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
 from ptuning.template.ambiguity import is_known
-from ptuning.template.chat import Conversations, own_end
-from ptuning.template.language import Conversation, Field, Literal, Slots, Target, Template, TextSlots, Turn
+from ptuning.template.chat import ChatMarkup, own_end
+from ptuning.template.language import (
+    CONVERSATION_FIELD,
+    Conversation,
+    Field,
+    Literal,
+    Slots,
+    Target,
+    Template,
+    TextSlots,
+    Turn,
+)
+from ptuning.template.messages import ASSISTANT, USER, ChatMessage, newest, read_messages
 from ptuning.template.segments import (
     ANCHOR_WORD,
     FILLS_MASKS,
@@ -220,7 +231,9 @@ class TokenizedTemplate:
         self.tokenizer = tokenizer
         self.kind = kind
         self.multiline = multiline or bool(self._end.markup)
-        self._chat = Conversations(template, tokenizer)
+        self._chat = ChatMarkup(tokenizer)
+        if template.has_conversation:
+            self._chat.around([USER])  # an error without a chat template
         self.max_length = min(max_length or tokenizer.max_tokens, tokenizer.max_tokens)
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
         self.stop_id = self._stop_id()  # what a target is taught to end with, unless the template says it
@@ -344,23 +357,23 @@ class TokenizedTemplate:
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None, with_stop=bool(self._end.markup))
         limit = self._limit([row]) if self._build([[row]])[0].shortened else None
-        parts = self._parts(row, limit=limit, named=True)
         starts = iter(self.layout.every_start_id)
-        shown: list[tuple[str, int | None]] = []
-        for part, ids in self._spans(parts, self._encode(parts)):
+        written = "".join(piece.text for piece in self._read.pieces if isinstance(piece, Literal))
+        special = self.tokenizer.special_ids.items()
+        markup = {index for name, index in special if index != self.tokenizer.unknown_id or name in written}
+        positions: list[tuple[str, int | None]] = []
+        for part, ids in self._spans([row], limit, named=True)[0]:
             if part == TARGET and self.kind in FILLS_MASKS:
-                shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
+                positions += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
+            elif part == SLOT:
+                positions += [(part, next(starts)) for _ in ids]
             else:
-                shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
-        texts = [text for run in parts if isinstance(run, TextRun) for part, text in run.segments if part == LITERAL]
-        written = {
-            i for name, i in self.tokenizer.special_ids.items() if any(name in text.characters for text in texts)
-        }
-        return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
+                positions += [(SPECIAL if part == LITERAL and index in markup else part, index) for index in ids]
+        return positions
 
     def texts(self, record: Record) -> tuple[str, ...]:
-        """Return the filled template up to the target as text: before, between and after its P slots, P + 1
-        texts. A space before the target is the target's. Nothing is truncated.
+        """Return the filled template up to the target as text, without truncation: before, between and after its P
+        slots, P + 1 texts. A space before the target is the target's.
         """
         texts = [""]
         for piece in self._pieces:
@@ -369,7 +382,9 @@ class TokenizedTemplate:
             if isinstance(piece, PlacedSlots):
                 texts += [""] * len(piece.start_ids)
             elif isinstance(piece, Conversation):
-                texts[-1] += "".join(text.characters for _, text in self._chat.segments(record))
+                texts[-1] += "".join(
+                    text.characters for _, text in self._chat.between(read_messages(record[piece.name]))
+                )
             elif isinstance(piece, Field):
                 texts[-1] += record[piece.name]
             elif isinstance(piece, MarkedText):
@@ -431,24 +446,36 @@ class TokenizedTemplate:
             self.check_fields(row.record, where=row.where)
             if row.target is not None and not row.target.strip():
                 raise RecordError(f"{row.where} has no target (field '{TARGET_FIELD}')")
-            self._chat.check(row.record, row.target, where=row.where)
+            if self.template.has_conversation:
+                turns = [*read_messages(row.record[CONVERSATION_FIELD], where=row.where)]
+                turns += [] if row.target is None else [ChatMessage(ASSISTANT, row.target.strip())]
+                self._chat.check(turns, answer_next=row.target is None, where=row.where)
         whole = iter(self._fill(rows))
         examples: list[Example] = []
         for group in groups:
             own = list(itertools.islice(whole, len(group)))
             if not all(map(self._fits, group, own)):
-                limit = self._limit(group)
-                left_out = self._chat.left_out(group[0].record, limit)
-                cut = self._fill(group, limit)
-                own = [replace(example, shortened=True, turns_left_out=left_out) for example in cut]
+                limit, left_out = self._limit(group), 0
+                if self.template.has_conversation:
+                    said = read_messages(group[0].record[CONVERSATION_FIELD])
+                    left_out = len(said) - len(newest(said, limit))
+                own = [
+                    replace(example, shortened=True, turns_left_out=left_out) for example in self._fill(group, limit)
+                ]
             examples += own
         return examples
 
     def _fill(self, rows: Sequence[_Row], limit: int | None = None) -> list[Example]:
-        """Fill rows, whose fields without ``!`` are cut to ``limit`` characters; texts are encoded in one call."""
-        filled = [self._parts(row, limit=limit) for row in rows]
-        encoded = self._encode(part for parts in filled for part in parts)
-        return [self._example(row, self._spans(parts, encoded)) for row, parts in zip(rows, filled, strict=True)]
+        """Fill rows, whose fields without ``!`` are cut to ``limit`` characters."""
+        return [self._example(row, spans) for row, spans in zip(rows, self._spans(rows, limit), strict=True)]
+
+    def _spans(
+        self, rows: Sequence[_Row], limit: int | None = None, *, named: bool = False
+    ) -> list[list[tuple[str, Ids]]]:
+        """Return (part, ids) of whole rows, special tokens included; all texts are encoded in one call."""
+        filled = [self._parts(row, limit=limit, named=named) for row in rows]
+        encoded = Encoded(self.tokenizer, (part for parts in filled for part in parts if isinstance(part, TextRun)))
+        return [self._row_spans(parts, encoded) for parts in filled]
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
         """Cut a record, truncated to ``limit``, at slots and the target; if ``named``, at fields, too."""
@@ -462,7 +489,9 @@ class TokenizedTemplate:
                 if isinstance(piece, MarkedText):
                     segments.append((LITERAL, piece))
                 elif isinstance(piece, Conversation):
-                    segments += self._chat.segments(row.record, limit, named=named)
+                    said = read_messages(row.record[piece.name])
+                    said = said if limit is None else newest(said, limit)
+                    segments += [(part if named else LITERAL, text) for part, text in self._chat.between(said)]
                 elif isinstance(piece, Field):
                     text = row.record[piece.name]
                     text = text if piece.keep else text[:limit]
@@ -480,11 +509,7 @@ class TokenizedTemplate:
             parts.append(run.after_slots(before.tail) if isinstance(before, PlacedSlots) else run)
         return parts
 
-    def _encode(self, parts: Iterable[_Part]) -> Encoded:
-        return Encoded(self.tokenizer, (part for part in parts if isinstance(part, TextRun)))
-
-    def _spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
-        """Return (part, ids) for the whole row, special tokens included."""
+    def _row_spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
         tokenizer = self.tokenizer
         spans: list[tuple[str, Ids]] = [(SPECIAL, self._prefix_ids)]
         turn: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.suffix_ids), (TURN, ()), (SPECIAL, tokenizer.decoder_ids)]
