@@ -37,7 +37,7 @@ METRIC = re.compile(r"\b(?:ptuning|process)_[a-z0-9_]+")
 @pytest.fixture
 def service(causal: Backbone) -> TestClient:
     """A service with keys, of which none is sent, and all routes."""
-    keys = Settings(keys=Keys.of("sk-user"), admin_keys=Keys.of("sk-admin"))
+    keys = Settings(keys=Keys("sk-user"), admin_keys=Keys("sk-admin"))
     return TestClient(create_app(FakeEngine(PromptModel(causal)), registry_of({}), keys))  # type: ignore[arg-type]
 
 

@@ -42,7 +42,7 @@ def app(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory):
     engine.start()
     registry = Registry(folder, base_name="tiny", check=lambda prompt: engine.call(lambda: prompt.bind(tiny)))
     registry.reload()
-    yield create_app(engine, registry, Settings(admin_keys=Keys.of("sk-admin")))
+    yield create_app(engine, registry, Settings(admin_keys=Keys("sk-admin")))
     engine.stop()
 
 

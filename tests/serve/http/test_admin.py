@@ -57,7 +57,7 @@ def client_of(registry: Registry, key: str | None = None, **settings: Any) -> Te
 @pytest.fixture
 def client(registry: Registry) -> TestClient:
     """An operator's client."""
-    return client_of(registry, "boss", admin_keys=Keys.of("boss"))
+    return client_of(registry, "boss", admin_keys=Keys("boss"))
 
 
 def error_of(answer: Any) -> tuple[int, str, str | None]:
@@ -174,14 +174,14 @@ def test_only_operators_come_in(method: str, path: str, body: Any, registry: Reg
     """Abuse case 16: without admin keys there are no such routes; with them, no key and a wrong one is 401, a user's
     403.
     """
-    users = client_of(registry, "user", keys=Keys.of("user"))
+    users = client_of(registry, "user", keys=Keys("user"))
     assert error_of(users.request(method, path, json=body)) == (404, "not_found", None)
     for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
-        client = client_of(registry, key, keys=Keys.of("user"), admin_keys=Keys.of("boss"))
+        client = client_of(registry, key, keys=Keys("user"), admin_keys=Keys("boss"))
         assert client.request(method, path, json=body).status_code == status
         assert client.request(method, f"{path}?key=boss&api_key=boss", json=body).status_code == status
     assert versions(registry) == {"a": 1, "team/b": 2}
-    client = client_of(registry, "boss", keys=Keys.of("user"), admin_keys=Keys.of("boss"))
+    client = client_of(registry, "boss", keys=Keys("user"), admin_keys=Keys("boss"))
     assert client.request(method, path, json=body).status_code in (200, 201)
 
 

@@ -91,7 +91,7 @@ def test_brackets_in_texts_and_in_a_row_are_not_deep(api: Api) -> None:
 @pytest.fixture
 def locked(fake_api: Callable[..., Api]) -> Api:
     """A service with keys, whose engine is full: whoever comes in gets 429."""
-    settings = Settings(keys=Keys.of("user-key", "other-key"), admin_keys=Keys.of("admin-key"))
+    settings = Settings(keys=Keys("user-key", "other-key"), admin_keys=Keys("admin-key"))
     return fake_api(fails_with(QueueFullError("full", retry_after=3.2)), settings)
 
 
@@ -149,7 +149,7 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
 
 def test_a_full_queue_refuses_before_the_body_is_parsed(fake_api: Callable[..., Api]) -> None:
     """Only clients with a key, and only on the routes that use the model."""
-    api = fake_api(settings=Settings(keys=Keys.of("user-key")))
+    api = fake_api(settings=Settings(keys=Keys("user-key")))
     api.engine.is_full = True
     key = {"Authorization": "Bearer user-key", "Content-Type": "application/json"}
     for path in ("/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/classify", "/classify"):

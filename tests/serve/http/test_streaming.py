@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 from ptuning.serve.engine.job import CallRow, Outcome, StoppedError
 from ptuning.serve.http.metrics import RequestStats
-from ptuning.serve.http.openai_format import Event, Piece, RowEnd
-from ptuning.serve.http.streaming import ReplyQueue
+from ptuning.serve.http.responses import Event, Piece, Replies
 
 
-def replies_of(rows: int, *, max_pending: int = 3) -> ReplyQueue:
-    return ReplyQueue([CallRow(lambda: None)] * rows, RequestStats("id", "POST"), max_pending=max_pending)
+def replies_of(rows: int, *, max_pending: int = 4) -> Replies:
+    return Replies([CallRow(lambda: None)] * rows, RequestStats("id", "POST"), max_pending=max_pending)
+
+
+async def events_of(replies: Replies) -> list[Event | None]:
+    request: Any = SimpleNamespace(receive=asyncio.Event().wait)  # the client stays
+    return [event async for event in replies.events(request)]
 
 
 def test_unread_pieces_are_bounded_and_cancel_the_job() -> None:
-    async def work() -> tuple[ReplyQueue, list[Event]]:
+    async def work() -> tuple[Replies, list[Event | None]]:
         replies = replies_of(1)
         for number in range(10):
             replies.piece(0, str(number), [])
         replies.ended(0, StoppedError("cancelled"))
-        return replies, [event async for event in replies]
+        await asyncio.sleep(0)
+        return replies, await events_of(replies)
 
     replies, events = asyncio.run(work())
     assert replies.job.cancelled
-    assert [event.text for event in events if isinstance(event, Piece)] == ["0", "1", "2", "3"]
-    assert isinstance(events[-1], RowEnd)
+    *pieces, (_, last) = filter(None, events)
+    assert pieces == [(0, Piece(str(number), ())) for number in range(4)]
+    assert isinstance(last, StoppedError)
     replies.piece(0, "late", [])  # the loop is closed
 
 
 def test_events_of_another_thread_arrive_in_order() -> None:
-    async def work() -> list[Event]:
+    async def work() -> list[Event | None]:
         replies = replies_of(50, max_pending=10_000)
 
         def answer() -> None:
@@ -42,10 +50,9 @@ def test_events_of_another_thread_arrive_in_order() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        events = [event async for event in replies]
+        events = await events_of(replies)
         thread.join()
         return events
 
-    events = asyncio.run(work())
-    assert [event.row for event in events if isinstance(event, RowEnd)] == list(range(50))
-    assert [event.text for event in events if isinstance(event, Piece)] == [str(number) for number in range(20)] * 50
+    pieces: list[Any] = [Piece(str(number), ()) for number in range(20)]
+    assert asyncio.run(work()) == [(row, event) for row in range(50) for event in (*pieces, Outcome(value=row))]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.responses import PlainTextResponse, Response
 
 from ptuning.errors import FileError
 from ptuning.serve.http.errors import ApiError, JsonResponse
-from ptuning.serve.http.openai_format import Body
+from ptuning.serve.http.responses import Body
 from ptuning.serve.http.service import Service
 from ptuning.serve.registry import Registry, Served
 
@@ -22,19 +23,16 @@ router = APIRouter(tags=["admin"])
 metrics_router = APIRouter(tags=["admin"])
 
 
-class PromptPlace(BaseModel):
-    """A name, and a prompt's folder within the service's folder of prompts."""
+class PromptPath(BaseModel, extra="forbid"):
+    """A prompt's folder within the service's folder of prompts."""
 
-    model_config = ConfigDict(extra="forbid")
+    path: str
+
+
+class NamedPrompt(PromptPath):
+    """A prompt's folder, and its name in service."""
+
     name: str
-    path: str
-
-
-class PromptChange(BaseModel):
-    """The folder of the prompt that replaces another; the name is in the address."""
-
-    model_config = ConfigDict(extra="forbid")
-    path: str
 
 
 class AdapterLoad(BaseModel):
@@ -61,7 +59,7 @@ def list_prompts(request: Request) -> Response:
 
 
 @router.post("/v1/prompts", status_code=201)
-def load_prompt(body: PromptPlace, request: Request) -> Response:
+def load_prompt(body: NamedPrompt, request: Request) -> Response:
     """Load a prompt under a new name."""
     registry = Service.of(request).registry
     return JsonResponse(_describe(registry, registry.load(body.name, body.path)), status_code=201)
@@ -74,18 +72,11 @@ def reload_prompts(request: Request) -> Response:
         changes = Service.of(request).registry.reload()
     except FileError as error:
         raise ApiError(500, str(error), code="folder_not_readable") from error
-    return JsonResponse(
-        {
-            "added": changes.added,
-            "changed": changes.changed,
-            "removed": changes.removed,
-            "failed": _failures(changes.failed),
-        }
-    )
+    return JsonResponse({**asdict(changes), "failed": _failures(changes.failed)})
 
 
 @router.put("/v1/prompts/{name:path}")
-def replace_prompt(name: str, body: PromptChange, request: Request) -> Response:
+def replace_prompt(name: str, body: PromptPath, request: Request) -> Response:
     """Replace the prompt of a name; running requests end with the old one."""
     registry = Service.of(request).registry
     return JsonResponse(_describe(registry, registry.replace(name, body.path)))

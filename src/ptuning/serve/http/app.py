@@ -22,7 +22,7 @@ from ptuning.serve.registry import Registry
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 VALIDATION_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
-# Statuses that any route with a body may answer with, for /openapi.json.
+# Statuses of any route with a body, for /openapi.json.
 STATUSES: dict[int | str, dict[str, object]] = {
     code: {"description": http.HTTPStatus(code).phrase} for code in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 }
@@ -42,7 +42,7 @@ def create_app(
         engine: Answers rows; it must have been started.
         registry: The prompts by name.
         settings: Keys and limits.
-        metrics: Counts all requests.
+        metrics: Counts all requests; without it, there is no access log.
     """
     app = FastAPI(
         title="ptuning", version=VERSION, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
@@ -65,7 +65,7 @@ def create_app(
 
 @page.api_route("/", methods=["GET", "HEAD"])
 async def index() -> Response:
-    """Return the page on which a person asks prompts."""
+    """Return the browser page."""
     return _page_file(INDEX)
 
 
@@ -78,7 +78,7 @@ async def static(name: str) -> Response:
 
 
 def _page_file(name: str) -> Response:
-    # Files change with the version and their names do not, so browsers ask again each time.
+    # Files change with the version and their names do not, so browsers revalidate them.
     headers = {"Content-Type": f"{PAGE_TYPES[name]}; charset=utf-8", "Cache-Control": "no-cache"}
     return Response(PAGE_FILES[name], headers=headers)
 
@@ -86,39 +86,32 @@ def _page_file(name: str) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """Answer a body that is not JSON, or whose fields have wrong types: the first of them is named."""
     assert isinstance(error, RequestValidationError)
-    errors = error.errors()
-    first = errors[0] if errors else {}
-    kind = str(first.get("type"))
+    first = error.errors()[0]
+    kind = first["type"]
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be read")
         return _error_response(request, ApiError(400, f"the body is not JSON: {reason}", code="invalid_json"))
-    field = _field_path(first.get("loc", ()))
-    message = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
-    message = "the field is missing" if kind == "missing" else message
-    code = VALIDATION_CODES.get(kind, "invalid_value")
-    return _error_response(
-        request, ApiError(400, f"'{field or 'the body'}': {message}", code=code, param=field or None)
-    )
-
-
-def _field_path(location: tuple[int | str, ...]) -> str:
-    """Return the field of a validation error, as ``records[3].x``, without the union members that pydantic adds."""
-    text = ""
-    for at, part in enumerate(location[1:]):
+    # The field as records[3].x, without the union members that pydantic adds.
+    field = ""
+    for at, part in enumerate(first["loc"][1:]):
         if isinstance(part, int):
-            text += f"[{part}]"
+            field += f"[{part}]"
         elif at == 0:
-            text = part if part.isprintable() and part.isascii() else ascii(part)[1:-1]
+            field = part if part.isprintable() and part.isascii() else ascii(part)[1:-1]
         elif part.isidentifier() and part not in ("str", "int", "dict", "list", "float", "bool"):
-            text += f".{part}"
-    return cut(text, 100)
+            field += f".{part}"
+    field = cut(field, 100)
+    message = "the field is missing" if kind == "missing" else first["msg"].removeprefix("Value error, ")
+    code = VALIDATION_CODES.get(kind, "invalid_value")
+    message = f"'{field or 'the body'}': {message}"
+    return _error_response(request, ApiError(400, message, code=code, param=field or None))
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
     """Answer a request that no route takes."""
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "invalid_request")
-    return _error_response(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
+    return _error_response(request, ApiError(error.status_code, error.detail, code=code, headers=error.headers))
 
 
 def _error_response(request: Request, error: ApiError) -> Response:

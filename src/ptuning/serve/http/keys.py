@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptuning.errors import ConfigError
@@ -13,26 +12,21 @@ from ptuning.files import read_bytes
 MAX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
 class Keys:
-    """SHA-256 of each key."""
+    """Hashes of keys."""
 
-    digests: tuple[bytes, ...] = field(repr=False)
-
-    @classmethod
-    def of(cls, *keys: str) -> Keys:
-        """Hash keys."""
-        return cls(tuple(_digest(key) for key in keys))
+    def __init__(self, *keys: str) -> None:
+        self._digests = [_digest(key) for key in keys]
 
     @classmethod
     def read(cls, path: Path) -> Keys:
         """Hash the keys of a file; errors as of :func:`read_keys`."""
-        return cls.of(*read_keys(path))
+        return cls(*read_keys(path))
 
     def hold(self, key: str) -> bool:
-        """Whether a key is one of these, in constant time."""
+        """Whether a key is one of these."""
         digest = _digest(key)
-        return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 def read_keys(path: Path) -> list[str]:
@@ -42,11 +36,14 @@ def read_keys(path: Path) -> list[str]:
         FileError: If the file cannot be read.
         ConfigError: If it holds no key, or a key with characters that no header can have.
     """
-    lines = [line.strip() for line in read_bytes(path, at_most=MAX_BYTES).decode("utf-8", "replace").splitlines()]
-    for number, line in enumerate(lines, start=1):
-        if not line.startswith("#") and line and (not line.isascii() or not line.isprintable() or " " in line):
+    keys = []
+    lines = read_bytes(path, at_most=MAX_BYTES).decode("utf-8", "replace").splitlines()
+    for number, key in enumerate(map(str.strip, lines), start=1):
+        if not key or key.startswith("#"):
+            continue
+        if not key.isascii() or not key.isprintable() or " " in key:
             raise ConfigError(f"{path}, line {number}: a key has printable ASCII characters without spaces")
-    keys = [line for line in lines if line and not line.startswith("#")]
+        keys.append(key)
     if not keys:
         raise ConfigError(
             f"{path} holds no key; write one in each line (python -c 'import secrets; "

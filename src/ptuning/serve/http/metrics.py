@@ -10,7 +10,7 @@ import json
 import logging
 import logging.handlers
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +56,7 @@ ENGINE_COUNTERS = {
 
 
 class RequestStats:
-    """Measurements of one request: its route sets what is asked, the engine's thread what becomes of it."""
+    """Measurements of one request: its route sets the models and rows, the engine's thread the outcomes."""
 
     def __init__(self, request_id: str, method: str) -> None:
         self.id = request_id
@@ -139,7 +139,7 @@ class Metrics:
             return Counter(f"ptuning_{name}", text, labels, registry=self._metrics)
 
         def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"ptuning_{name}", text, buckets=BUCKETS, registry=self._metrics)
+            return Histogram(f"ptuning_{name}_seconds", text, buckets=BUCKETS, registry=self._metrics)
 
         self._requests = counter("requests", "Requests that ended", "route", "status")
         self._refusals = counter("refusals", "Requests that ended with an error", "reason")
@@ -147,9 +147,9 @@ class Metrics:
         self._rows_by_model = counter("model_rows", "Answered rows by model", "model")
         self._read_by_model = counter("model_prompt_tokens", "Input tokens by model", "model")
         self._written_by_model = counter("model_generation_tokens", "Generated tokens by model", "model")
-        self._queue_time = histogram("request_queue_time_seconds", "Time until a request's first row left the queue")
-        self._first_token_time = histogram("time_to_first_token_seconds", "Time until the first token or answer")
-        self._latency = histogram("e2e_request_latency_seconds", "Time until a request's answer was complete")
+        self._queue_time = histogram("request_queue_time", "Time until a request's first row left the queue")
+        self._first_token_time = histogram("time_to_first_token", "Time until the first token or answer")
+        self._latency = histogram("e2e_request_latency", "Time until a request's answer was complete")
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics in the format that an ``Accept`` header asks for, and their content type."""
@@ -192,28 +192,44 @@ class Metrics:
         for name, rows in stats.usage.items():
             is_known = name == self._registry.base_name or name in self._registry.served
             usage.setdefault(name if is_known else UNKNOWN, []).extend(rows)
-        if stats.rows or status >= 400:
-            self._count(usage)
-        if stats.rows:
-            self._latency.observe(seconds)
-        for histogram, measured in (
-            (self._queue_time, stats.queue_seconds),
-            (self._first_token_time, stats.first_token_seconds),
-        ):
-            if measured is not None:
-                histogram.observe(measured)
-        if self._log is not None:
-            line = _log_line(stats, usage, route=route, status=status, seconds=seconds)
-            self._log.info("%s", json.dumps(line))  # in ASCII
-
-    def _count(self, usage: Mapping[str, Sequence[Usage]]) -> None:
-        for name, rows in usage.items():
+        for name, rows in usage.items() if stats.rows or status >= 400 else ():
             label = name if name in self._labels or len(self._labels) < MAX_NAMES else OTHER
             self._labels.add(label)
             self._by_model.labels(label).inc()
             self._rows_by_model.labels(label).inc(len(rows))
             self._read_by_model.labels(label).inc(sum(row.prompt_tokens for row in rows))
             self._written_by_model.labels(label).inc(sum(row.completion_tokens for row in rows))
+        for histogram, value in (
+            (self._latency, seconds if stats.rows else None),
+            (self._queue_time, stats.queue_seconds),
+            (self._first_token_time, stats.first_token_seconds),
+        ):
+            if value is not None:
+                histogram.observe(value)
+        if self._log is None:
+            return
+
+        def milliseconds(value: float | None) -> float | None:
+            return None if value is None else round(1000 * value, 1)
+
+        answered = [row for rows in usage.values() for row in rows]
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "request_id": stats.id,
+            "method": stats.method,
+            "route": route,
+            "status": status,
+            "error": stats.error,
+            "models": list(usage)[:LOGGED_NAMES],
+            "rows": stats.rows,
+            "prompt_tokens": sum(row.prompt_tokens for row in answered),
+            "completion_tokens": sum(row.completion_tokens for row in answered),
+            "cached_tokens": sum(row.cached_tokens for row in answered),
+            "queue_ms": milliseconds(stats.queue_seconds),
+            "first_token_ms": milliseconds(stats.first_token_seconds),
+            "total_ms": milliseconds(seconds),
+        }
+        self._log.info("%s", json.dumps(line))  # in ASCII
 
 
 def access_log(file: Path | None) -> logging.Logger:
@@ -233,42 +249,19 @@ def access_log(file: Path | None) -> logging.Logger:
     return logger
 
 
-class _StreamHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Lose the line."""
-
-
-class _FileHandler(logging.handlers.WatchedFileHandler):
+class _Lossy(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; lose it if the file cannot be opened again."""
+        """Write a line, or lose it."""
         with contextlib.suppress(OSError):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Lose the line."""
+        """Lose a line."""
 
 
-def _log_line(
-    stats: RequestStats, usage: Mapping[str, Sequence[Usage]], *, route: str, status: int, seconds: float
-) -> dict[str, object]:
-    rows = [row for listed in usage.values() for row in listed]
+class _StreamHandler(_Lossy, logging.StreamHandler):  # type: ignore[type-arg]
+    """Lines to the error stream."""
 
-    def milliseconds(measured: float | None) -> float | None:
-        return None if measured is None else round(1000 * measured, 1)
 
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "request_id": stats.id,
-        "method": stats.method,
-        "route": route,
-        "status": status,
-        "error": stats.error,
-        "models": list(usage)[:LOGGED_NAMES],
-        "rows": stats.rows,
-        "prompt_tokens": sum(row.prompt_tokens for row in rows),
-        "completion_tokens": sum(row.completion_tokens for row in rows),
-        "cached_tokens": sum(row.cached_tokens for row in rows),
-        "queue_ms": milliseconds(stats.queue_seconds),
-        "first_token_ms": milliseconds(stats.first_token_seconds),
-        "total_ms": milliseconds(seconds),
-    }
+class _FileHandler(_Lossy, logging.handlers.WatchedFileHandler):
+    """Lines to a file, which is opened again after a rotation."""

@@ -25,8 +25,9 @@ ADMIN = re.compile(r"/v1/prompts(/.*)?|/v1/(un)?load_lora_adapter|/metrics")
 # Routes that use the model: a full queue refuses them before the body is parsed.
 ASKING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/classify", "/classify"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# All of a JSON text but its brackets outside of strings.
+# JSON without the brackets outside of strings.
 NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}]+', re.DOTALL)
+MAX_DEPTH = 32  # nested lists and objects in a body
 # A body that is too large is read and dropped up to this multiple of the limit, so that the client gets its answer.
 READ_ON = 4
 HEADERS = {
@@ -77,7 +78,7 @@ class Middleware:
             await self.app(scope, receive, send_with_headers)
         except ClientGoneError:
             stats.status = CLIENT_GONE
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, the client gets an answer
+        except Exception as error:  # noqa: BLE001 - the client gets an answer to any error
             api_error = as_api_error(error, request_id=request_id, param=scope["state"].get("param"))
             stats.error = api_error.code
             if not stats.status:
@@ -88,30 +89,25 @@ class Middleware:
 
     def _check_access(self, path: str, headers: Headers) -> None:
         """Check host, key and phase."""
-        hosts = self.service.settings.hosts
-        if hosts is not None and _host_name(headers.get("host", "")) not in hosts:
+        settings, phase = self.service.settings, self.service.phase
+        if settings.hosts is not None and _host_name(headers.get("host", "")) not in settings.hosts:
             raise ApiError(403, "this server answers to its own names only (header Host)", code="wrong_host")
         if path in OPEN or path.startswith(STATIC):
             return
-        self._check_key(path, headers.get("authorization", ""))
-        if self.service.phase != "serving" and path != METRICS:
-            message = f"the service is {self.service.phase}; ask again later"
+        needs_admin = ADMIN.fullmatch(path) is not None and settings.admin_keys is not None
+        if needs_admin or settings.keys is not None:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            key = key.strip()
+            if scheme.lower() != "bearer" or not key:
+                raise ApiError(401, "send a key: Authorization: Bearer KEY", code="missing_api_key")
+            is_admin = settings.admin_keys is not None and settings.admin_keys.hold(key)
+            if not is_admin and not (settings.keys is not None and settings.keys.hold(key)):
+                raise ApiError(401, "the key is not one of this server's", code="invalid_api_key")
+            if needs_admin and not is_admin:
+                raise ApiError(403, "this is for operators; the key is a user's", code="admin_only")
+        if phase != "serving" and path != METRICS:
+            message = f"the service is {phase}; ask again later"
             raise ApiError(503, message, code="not_serving", headers={"Retry-After": "5"})
-
-    def _check_key(self, path: str, authorization: str) -> None:
-        users, admins = self.service.settings.keys, self.service.settings.admin_keys
-        needs_admin = ADMIN.fullmatch(path) is not None and admins is not None
-        if not needs_admin and users is None:
-            return
-        scheme, _, key = authorization.partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
-            raise ApiError(401, "send a key: Authorization: Bearer KEY", code="missing_api_key")
-        is_admin, is_user = admins is not None and admins.hold(key), users is not None and users.hold(key)
-        if needs_admin and is_user and not is_admin:
-            raise ApiError(403, "this is for operators; the key is a user's", code="admin_only")
-        if not (is_admin or (is_user and not needs_admin)):
-            raise ApiError(401, "the key is not one of this server's", code="invalid_api_key")
 
     async def _with_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read and check the body; return a ``receive`` that replays it."""
@@ -128,11 +124,11 @@ class Middleware:
             if headers.get("content-encoding", "identity").lower() != "identity":
                 raise ApiError(415, "send the body without Content-Encoding", code="unsupported_type")
             # JSON parsers recurse, so nesting is checked before.
-            is_suspect = body.count(b"[") + body.count(b"{") > settings.depth
-            if is_suspect and await asyncio.to_thread(_depth, body) > settings.depth:
-                message = f"lists and objects are nested more than {settings.depth} deep"
+            is_suspect = body.count(b"[") + body.count(b"{") > MAX_DEPTH
+            if is_suspect and await asyncio.to_thread(_depth, body) > MAX_DEPTH:
+                message = f"lists and objects are nested more than {MAX_DEPTH} deep"
                 raise ApiError(400, message, code="invalid_json")
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        messages: list[Message] = [{"type": "http.request", "body": body}]
 
         async def replay() -> Message:
             return messages.pop() if messages else await receive()

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ptuning.config import GenerationSettings
-from ptuning.data.conversations import read_conversations
 from ptuning.data.questions import Question
 from ptuning.data.reading import RawRows
 from ptuning.errors import PTuningError, RecordError
-from ptuning.files import sha256
 from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.rows import Answering, EchoRow, PromptRow, TextRow
 from ptuning.provenance import VERSION
-from ptuning.serve.engine.job import Outcome, Row, Usage
+from ptuning.serve.engine.job import Outcome, Usage
 from ptuning.serve.http.errors import ApiError, JsonResponse, as_api_error, invalid
-from ptuning.serve.http.openai_format import (
+from ptuning.serve.http.metrics import stats_of
+from ptuning.serve.http.responses import (
     Body,
     ChatBuilder,
     CompletionBuilder,
+    ResponseBuilder,
+    answered_rows,
     finite,
     log_prob_of,
-    text_of,
-    total,
+    run_call,
+    run_rows,
+    stream_rows,
     usage_json,
 )
 from ptuning.serve.http.schemas import (
@@ -48,7 +49,6 @@ from ptuning.serve.http.schemas import (
     TokenizeRequest,
 )
 from ptuning.serve.http.service import MANUAL, Service
-from ptuning.serve.http.streaming import run_call, run_rows, stream_rows
 from ptuning.serve.registry import Served
 from ptuning.template.language import Field, Literal, Piece, Slots, Target, Template, TextSlots
 from ptuning.template.messages import SYSTEM
@@ -56,7 +56,7 @@ from ptuning.template.segments import FILLS_MASKS, Ids
 
 router = APIRouter()
 
-Input = Question | str | Ids
+B = TypeVar("B", bound=ResponseBuilder)
 
 
 # Completions and chats: prompts answer the value of their one open field; the base model continues a text.
@@ -64,78 +64,84 @@ Input = Question | str | Ids
 
 @router.post("/v1/completions")
 async def complete(body: CompletionRequest, request: Request) -> Response:
-    """Answer texts, each ``n`` times."""
-    service, served = _open(body, request, param="prompt" if body.fields is None else "fields")
+    """Answer texts, each ``n`` times. With ``echo``, a text is before its continuations, and its own tokens are scored,
+    which a prompt allows whose template ends in its one field and the target.
+    """
+    served = Service.of(request).find(request, body.model, param="prompt" if body.fields is None else "fields")
     inputs = _completion_inputs(body, served)
-    builder = CompletionBuilder(
-        body.model, service.fingerprint(served), **_builder_options(body), log_probs=body.logprobs
-    )
-    if body.echo:
-        return await _echo(body, request, builder, served, inputs)
-    if body.max_tokens == 0:
-        raise invalid("max_tokens", "max_tokens is 0, which goes with echo only; it must be 1 or more")
-    rows = _rows(body, service, served, inputs, alternatives=body.logprobs)
+    builder = _builder(CompletionBuilder, body, request, served, body.logprobs)
+    if not body.echo:
+        if body.max_tokens == 0:
+            raise invalid("max_tokens", "max_tokens is 0, which goes with echo only; it must be 1 or more")
+        return await _answer(request, _rows(body, request, served, inputs, body.logprobs), builder, body)
+    prompt = None if served is None else served.prompt
+    if body.fields is not None or (prompt is not None and prompt.answer_space.is_closed):
+        message = "echo is for a text that the model continues, not for fields, labels or choices"
+        raise invalid("echo", message, "unsupported")
     if body.stream:
-        return await stream_rows(request, rows, builder)
-    return JsonResponse(builder.response(_checked(await run_rows(request, rows))))
+        raise invalid("echo", "echo and stream do not go together; leave one out", "unsupported")
+    texts = [text for text in inputs if not isinstance(text, Question)]
+    echoes = [EchoRow(text, body.logprobs or 0, prompt) for text in texts]
+    continued = [] if body.max_tokens == 0 else _rows(body, request, served, texts, body.logprobs)
+    outcomes = await answered_rows(request, [*echoes, *continued])
+    heads, tails = outcomes[: len(echoes)], outcomes[len(echoes) :]
+    joined = []
+    for at, (text, head) in enumerate(zip(texts, heads, strict=True)):
+        shown = text if isinstance(text, str) else "".join(token.text for token in head.tokens)
+        none = Outcome(usage=Usage(head.usage.prompt_tokens), finish="length")
+        for tail in tails[at * builder.choices : (at + 1) * builder.choices] or [none] * builder.choices:
+            whole = shown if tail.prediction is None else shown + tail.prediction.text
+            prediction = Prediction(whole, (Candidate(whole, 0.0),))
+            joined.append(replace(tail, prediction=prediction, tokens=(*head.tokens, *tail.tokens)))
+    return JsonResponse(builder.response(joined))
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last user message, ``n`` times."""
-    service, served = _open(body, request, param="messages" if body.fields is None else "fields")
+    served = Service.of(request).find(request, body.model, param="messages" if body.fields is None else "fields")
     if served is None:
         raise invalid("model", "the base model has no chat format here; ask it at /v1/completions", "unsupported")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid("top_logprobs", "top_logprobs goes with logprobs: true")
     limit_name, limit = body.token_limit()
     if limit == 0:
         raise invalid(limit_name, f"{limit_name} is 0; it must be 1 or more")
-    question = _chat_question(body, served)
+    question = _chat_question(body, served.prompt)
     alternatives = body.top_logprobs or 0 if body.logprobs else None
-    builder = ChatBuilder(body.model, service.fingerprint(served), **_builder_options(body), log_probs=alternatives)
-    rows = _rows(body, service, served, [question], alternatives=alternatives)
+    rows = _rows(body, request, served, [question], alternatives)
+    return await _answer(request, rows, _builder(ChatBuilder, body, request, served, alternatives), body)
+
+
+def _builder(kind: type[B], body: SamplingRequest, request: Request, served: Served | None, log_probs: int | None) -> B:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    return kind(body.model, Service.of(request).fingerprint(served), body.n or 1, log_probs, with_usage)
+
+
+async def _answer(
+    request: Request, rows: Sequence[PromptRow | TextRow], builder: ResponseBuilder, body: SamplingRequest
+) -> Response:
     if body.stream:
         return await stream_rows(request, rows, builder)
-    return JsonResponse(builder.response(_checked(await run_rows(request, rows))))
-
-
-def _open(body: SamplingRequest, request: Request, *, param: str) -> tuple[Service, Served | None]:
-    """Check the common fields; return the service and the prompt, None for the base model."""
-    service = Service.of(request)
-    served = service.find(request, body.model, param=param)
-    body.check_extras()
-    limit = service.settings.max_choices
-    if body.n is not None and body.n > limit:
-        raise invalid("n", f"n is {body.n}; a request may ask for {limit} answers to a text")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", "stream_options go with stream: true")
-    return service, served
-
-
-def _builder_options(body: SamplingRequest) -> dict[str, Any]:
-    options = body.stream_options
-    return {"choices": body.n or 1, "with_usage": options is not None and options.include_usage}
+    return JsonResponse(builder.response(await answered_rows(request, rows)))
 
 
 def _rows(
     body: SamplingRequest,
-    service: Service,
+    request: Request,
     served: Served | None,
-    inputs: Sequence[Input],
-    *,
+    inputs: Sequence[Question | str | Ids],
     alternatives: int | None,
-) -> list[Row]:
+) -> list[PromptRow | TextRow]:
     """Return the engine's rows, ``n`` for each input."""
-    prompt, (name, limit) = None if served is None else served.prompt, body.token_limit()
+    prompt = None if served is None else served.prompt
+    context, (name, limit) = Service.of(request).context, body.token_limit()
     if prompt is not None and prompt.answer_space.is_closed:
         settings = [GenerationSettings()] * (body.n or 1)  # labels and choices are scored: sampling changes nothing
-    elif limit is not None and limit > service.context:
-        message = f"{name} is {limit}, and the model reads and generates {service.context} tokens together"
+    elif limit is not None and limit > context:
+        message = f"{name} is {limit}, and the model reads and generates {context} tokens together"
         raise invalid(name, message, "context_length_exceeded")
     else:
         settings = body.settings()
-    rows: list[Row] = []
+    rows: list[PromptRow | TextRow] = []
     for item in inputs:
         for generation in settings:
             how = Answering(generation=generation, alternatives=alternatives, pieces=bool(body.stream))
@@ -147,23 +153,16 @@ def _rows(
     return rows
 
 
-def _checked(outcomes: Sequence[Outcome | Exception]) -> list[Outcome]:
-    """Return the outcomes; the first error is that of the whole request, whose format has no place for it."""
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
-    return [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
-
-
-def _completion_inputs(body: CompletionRequest, served: Served | None) -> list[Input]:
-    """Return what is answered: questions for a prompt, texts or token ids for the base model and echo."""
+def _completion_inputs(body: CompletionRequest, served: Served | None) -> list[Question | str | Ids]:
+    """Return questions for a prompt, and texts or token ids for the base model and echo."""
     given = body.prompt
-    if served is not None and body.fields is not None:
+    if body.fields is not None:
+        if served is None:
+            message = "fields are those of a prompt's template, and the base model has none; give a prompt"
+            raise invalid("fields", message)
         if given:
             raise invalid("prompt", "the request has a prompt and fields; give one of them")
-        return list(_fields_questions(served.prompt, body.fields))
-    if body.fields is not None:
-        raise invalid("fields", "fields are those of a prompt's template, and the base model has none; give a prompt")
+        return [*_questions(served.prompt, body.fields, param="fields")]
     if given is None:
         raise invalid("prompt", "the field 'prompt' is missing")
     texts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
@@ -171,60 +170,19 @@ def _completion_inputs(body: CompletionRequest, served: Served | None) -> list[I
     if served is not None and not body.echo and served.prompt.answer_space.is_closed and not are_texts:
         message = "token ids are for answers that are generated, and this prompt chooses; give texts"
         raise invalid("prompt", message, "unsupported")
-    inputs: list[Input] = []
-    for at, text in enumerate(texts):
-        if not isinstance(text, str):
-            inputs.append(tuple(text))
-        elif served is None or body.echo:
-            inputs.append(text)
-        else:
-            inputs.append(_typed_question(served.prompt, text, param=f"prompt[{at}]" if len(texts) > 1 else "prompt"))
-    return inputs
+    if not are_texts:
+        return [text if isinstance(text, str) else tuple(text) for text in texts]
+    if served is None or body.echo:
+        return texts
+    return [*_questions(served.prompt, texts, param="prompt")]
 
 
-async def _echo(
-    body: CompletionRequest,
-    request: Request,
-    builder: CompletionBuilder,
-    served: Served | None,
-    inputs: Sequence[Input],
-) -> Response:
-    """Answer with the texts before their continuations, and the log-probabilities of both. The texts continue a prompt
-    whose template ends in its one field and the target.
-    """
-    prompt = None if served is None else served.prompt
-    if body.fields is not None or (prompt is not None and prompt.answer_space.is_closed):
-        message = "echo is for a text that the model continues, not for fields, labels or choices"
-        raise invalid("echo", message, "unsupported")
-    if body.stream:
-        raise invalid("echo", "echo and stream do not go together; leave one out", "unsupported")
-    texts = [text for text in inputs if not isinstance(text, Question)]
-    echoes: list[Row] = [EchoRow(text, body.logprobs or 0, prompt) for text in texts]
-    service = Service.of(request)
-    written = [] if body.max_tokens == 0 else _rows(body, service, served, texts, alternatives=body.logprobs)
-    outcomes = _checked(await run_rows(request, [*echoes, *written]))
-    heads, tails = outcomes[: len(echoes)], outcomes[len(echoes) :]
-    joined = []
-    for at, (text, head) in enumerate(zip(texts, heads, strict=True)):
-        shown = text if isinstance(text, str) else "".join(token.text for token in head.tokens)
-        for choice in range(builder.choices):
-            if not tails:
-                prediction = Prediction(shown, (Candidate(shown, 0.0),))
-                joined.append(Outcome(prediction, Usage(head.usage.prompt_tokens), "length", head.tokens))
-                continue
-            tail = tails[at * builder.choices + choice]
-            whole = shown + text_of(tail)
-            prediction = Prediction(whole, (Candidate(whole, 0.0),))
-            joined.append(Outcome(prediction, tail.usage, tail.finish, (*head.tokens, *tail.tokens)))
-    return JsonResponse(builder.response(joined))
-
-
-def _chat_question(body: ChatRequest, served: Served) -> Question:
-    prompt, messages = served.prompt, body.messages
+def _chat_question(body: ChatRequest, prompt: Prompt) -> Question:
+    messages = body.messages
     if body.fields is not None:
         if messages:
             raise invalid("messages", "the request has messages and fields; with fields, send an empty list")
-        questions = _fields_questions(prompt, body.fields)
+        questions = _questions(prompt, body.fields, param="fields")
         if len(questions) != 1:
             raise invalid("fields", f"a chat has one answer, and fields are {len(questions)} rows; ask /v1/completions")
         return questions[0]
@@ -240,7 +198,7 @@ def _chat_question(body: ChatRequest, served: Served) -> Question:
                 f"(the request has {', '.join(message.role[:20] for message in messages[:8])})",
                 "unsupported",
             )
-    return _typed_question(prompt, _text(messages[0], 0), param="messages[0].content")
+    return _typed_question(prompt, _text(messages[0], 0), where="messages[0].content")
 
 
 def _conversation(messages: Sequence[Message], prompt: Prompt) -> Question:
@@ -249,15 +207,11 @@ def _conversation(messages: Sequence[Message], prompt: Prompt) -> Question:
     if messages[last].role != "user":
         raise invalid(f"messages[{last}]", "the last message must be the user's, which is answered", "unsupported")
     turns = [{"role": message.role, "content": _text(message, at)} for at, message in enumerate(messages)]
-    rows = RawRows([("the request", {"messages": turns})], name="the request", digest="", format="json")
     try:
-        (question,) = read_conversations(rows, ask=True).questions
+        (question,) = _row_questions(prompt, {"messages": turns}, where="the request")
     except RecordError as error:
         place = re.search(r"messages\[\d+\](\.\w+)?", str(error))
         raise invalid(place[0] if place else "messages", str(error)) from error
-    missing = [name for name in prompt.template.fields if name not in question.record]
-    if missing:
-        raise invalid("messages", f"the prompt also reads {', '.join(missing)}; give 'fields'")
     if SYSTEM in question.record and SYSTEM not in prompt.template.fields:
         message = "the prompt has a system text of its own, which it has learned; leave this message out"
         raise invalid("messages[0]", message, "unsupported")
@@ -277,40 +231,39 @@ def _text(message: Message, number: int) -> str:
 # takes an object with the row's fields. Rows of a task are read as its files are.
 
 
-def _typed_question(prompt: Prompt, text: str, *, param: str) -> Question:
+def _typed_question(prompt: Prompt, text: str, *, where: str) -> Question:
     """Return the question of a text, the value of the template's one open field."""
     if prompt.answer_space.has_choices:
-        raise invalid(param, "rows of this prompt's task have choices of their own; give a row as 'fields'")
+        raise invalid(where, "rows of this prompt's task have choices of their own; give a row as 'fields'")
     names = typed_fields(prompt)
     if not names and not text:
         return Question({})
     if len(names) != 1:
         listed = ", ".join(names) or "none"
-        raise invalid(param, f"a text fills one field, and the prompt reads {listed}; give 'fields', an object with it")
-    return InferenceInputs.typed(prompt, {names[0]: text}, where=param).questions[0]
+        raise invalid(where, f"a text fills one field, and the prompt reads {listed}; give 'fields', an object with it")
+    return InferenceInputs.typed(prompt, {names[0]: text}, where=where).questions[0]
 
 
 def _row_questions(prompt: Prompt, row: object, *, where: str) -> list[Question]:
     """Return the questions of a row of data: one, unless the prompt's task reads a list in it."""
     if isinstance(row, str):
-        return [_typed_question(prompt, row, param=where)]
+        return [_typed_question(prompt, row, where=where)]
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record is an object with named fields, or a text for the one open field")
-    digest = sha256(json.dumps(row, sort_keys=True).encode())
-    raw = RawRows([(where, row)], name=where, digest=digest, format="json", columns=list(row))
+    raw = RawRows([(where, row)], name=where, digest="", format="json", columns=list(row))
     questions = list(InferenceInputs.of(prompt, raw).questions)
     if not questions:
         raise RecordError(f"{where} holds no rows of the prompt's task")
     return questions
 
 
-def _fields_questions(prompt: Prompt, fields: object, *, param: str = "fields") -> list[Question]:
-    """Return the questions of ``fields``: an object for one row, or a list of them."""
-    rows = fields if isinstance(fields, list) else [fields]
+def _questions(prompt: Prompt, rows: object, *, param: str) -> list[Question]:
+    """Return the questions of a row, or of a list of them."""
+    listed = rows if isinstance(rows, list) else [rows]
     return [
         question
-        for at, row in enumerate(rows)
-        for question in _row_questions(prompt, row, where=f"{param}[{at}]" if len(rows) > 1 else param)
+        for at, row in enumerate(listed)
+        for question in _row_questions(prompt, row, where=f"{param}[{at}]" if len(listed) > 1 else param)
     ]
 
 
@@ -320,28 +273,17 @@ async def predict(body: PredictRequest, request: Request) -> Response:
     alone, and its answer is ``{"error": {...}}``; if all fail with one code, that is the error of the request.
     """
     service = Service.of(request)
-    names = [body.model] if isinstance(body.model, str) else body.model
     prompts = []
-    for name in names:
+    for name in [body.model] if isinstance(body.model, str) else body.model:
         served = service.find(request, name, param="records")
         if served is None:
             message = "records are answered by a prompt, and this is the base model; ask it at /v1/completions"
             raise invalid("model", message, "unsupported")
         prompts.append(served)
-    if body.normalise not in (None, "sum", "mean"):
-        raise invalid("normalise", f"normalise is {body.normalise!r}; it must be sum or mean")
-    how = Answering(
-        candidates=None if body.candidates is None else tuple(body.candidates),
-        top_k=body.top_k,
-        generation=body.settings(),
-        normalise=body.normalise,  # type: ignore[arg-type]  # checked above
-        calibrate=body.calibrate,
-        count_stop=body.count_stop,
-        min_probability=body.min_probability,
-    )
+    how = body.answering()
 
     def read() -> list[tuple[int, int, Question | Exception]]:
-        """Return (prompt, record, question or what is wrong); questions to one record are neighbours: they share it."""
+        """Return (prompt, record, question or error); questions to one record are neighbours, which share it."""
         questions: list[tuple[int, int, Question | Exception]] = []
         for at, record in enumerate(body.records):
             for number, served in enumerate(prompts):
@@ -353,12 +295,11 @@ async def predict(body: PredictRequest, request: Request) -> Response:
         return questions
 
     questions = await asyncio.to_thread(read)
-    rows: list[Row] = [PromptRow(prompts[number].prompt, question, how)
-                       for number, _, question in questions if isinstance(question, Question)]  # fmt: skip
+    rows = [PromptRow(prompts[number].prompt, question, how)
+            for number, _, question in questions if isinstance(question, Question)]  # fmt: skip
     outcomes = iter(await run_rows(request, rows) if rows else [])
-    request_id = request.scope["state"]["request_id"]
-    answers: list[list[Body]] = [[] for _ in names]
-    usages: list[Usage] = []
+    answers: list[list[Body]] = [[] for _ in prompts]
+    answered: list[Outcome] = []
     errors: list[ApiError] = []
     for number, at, question in questions:
         try:
@@ -367,30 +308,26 @@ async def predict(body: PredictRequest, request: Request) -> Response:
             outcome = next(outcomes)
             if isinstance(outcome, Exception):
                 raise outcome
-            usages.append(outcome.usage)
-            answers[number].append(_prediction(question, outcome, service))
+            answered.append(outcome)
+            prediction = outcome.prediction
+            assert prediction is not None
+            if service.engine.model.backbone.kind not in FILLS_MASKS:
+                prediction = replace(prediction, tokens=None)  # only a model that fills masks chooses a length
+            shown = {name: finite(value) for name, value in prediction.to_json().items()}
+            answers[number].append({"record": dict(question.record), **shown})
         except Exception as error:  # noqa: BLE001 - it fails alone
-            api_error = as_api_error(error, request_id=request_id, param=f"records[{at}]")
-            errors.append(api_error)
-            answers[number].append({"error": api_error.to_json()})
+            errors.append(as_api_error(error, request_id=stats_of(request).id, param=f"records[{at}]"))
+            answers[number].append({"error": errors[-1].to_json()})
     if len(errors) == len(questions) and len({error.code for error in errors}) == 1:
         raise errors[0]
     return JsonResponse(
         {
             "model": body.model,
             "predictions": answers[0] if isinstance(body.model, str) else answers,
-            "usage": usage_json(total(usages)),
+            "usage": usage_json(answered),
             "system_fingerprint": service.fingerprint(prompts[0] if len(prompts) == 1 else None),
         }
     )
-
-
-def _prediction(question: Question, outcome: Outcome, service: Service) -> Body:
-    prediction = outcome.prediction
-    assert prediction is not None
-    if service.engine.model.backbone.kind not in FILLS_MASKS:
-        prediction = replace(prediction, tokens=None)  # only a model that fills masks chooses a length
-    return {"record": dict(question.record)} | {name: finite(value) for name, value in prediction.to_json().items()}
 
 
 @router.post("/v1/classify")
@@ -402,8 +339,8 @@ async def classify(body: ClassifyRequest, request: Request) -> Response:
     if served is None or not served.prompt.answer_space.is_closed:
         message = "this model generates its answers; a prompt with label words or choices classifies"
         raise invalid("model", message, "unsupported")
-    questions = await asyncio.to_thread(_fields_questions, served.prompt, body.input, param="input")
-    outcomes = _checked(await run_rows(request, [PromptRow(served.prompt, question) for question in questions]))
+    questions = await asyncio.to_thread(_questions, served.prompt, body.input, param="input")
+    outcomes = await answered_rows(request, [PromptRow(served.prompt, question) for question in questions])
     data = []
     for at, (question, outcome) in enumerate(zip(questions, outcomes, strict=True)):
         prediction = outcome.prediction
@@ -422,7 +359,7 @@ async def classify(body: ClassifyRequest, request: Request) -> Response:
             "created": int(time.time()),
             "model": body.model,
             "data": data,
-            "usage": usage_json(total([outcome.usage for outcome in outcomes])),
+            "usage": usage_json(outcomes),
             "system_fingerprint": service.fingerprint(served),
         }
     )
@@ -431,17 +368,12 @@ async def classify(body: ClassifyRequest, request: Request) -> Response:
 # The tokenizer, as vLLM's clients and lm-eval ask for it; all prompts share it.
 
 
-def _tokenizer_service(name: str | None, request: Request) -> Service:
-    service = Service.of(request)
-    if name is not None:
-        service.find(request, name)
-    return service
-
-
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Return the token ids of a text."""
-    service = _tokenizer_service(body.model, request)
+    service = Service.of(request)
+    if body.model is not None:
+        service.find(request, body.model)
     tokenizer = service.engine.model.backbone.tokenizer
 
     def work() -> tuple[list[int], list[str] | None]:
@@ -455,7 +387,10 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Return the text of token ids."""
-    backbone = _tokenizer_service(body.model, request).engine.model.backbone
+    service = Service.of(request)
+    if body.model is not None:
+        service.find(request, body.model)
+    backbone = service.engine.model.backbone
     outside = [token for token in body.tokens if token >= backbone.vocabulary]
     if outside:
         raise invalid("tokens", f"token id {outside[0]} is outside the vocabulary of {backbone.vocabulary}")

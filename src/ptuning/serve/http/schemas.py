@@ -1,7 +1,7 @@
 """Request bodies. Types are strict: a number in quotes is a text.
 
-Fields of OpenAI's interface that would change the answer and that are not supported are refused by name; those that
-change nothing are ignored. Sampling parameters of ``ptuning.GenerationSettings`` are taken under their names there.
+Sampling parameters are those of ``ptuning.GenerationSettings``, under their names there or in OpenAI's interface. Other
+fields of that interface are refused by name if they would change the answer, and ignored if not.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from ptuning.config import GenerationSettings
 from ptuning.errors import PTuningError
+from ptuning.prompt.rows import Answering
 from ptuning.serve.http.errors import invalid
+from ptuning.template.labels import Normalise
 
 # Fields that change no answer.
 IGNORED = (
@@ -41,19 +43,15 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
-# Settings with a name of their own in OpenAI's interface, and those that ``/v1/predict`` alone takes.
+# Settings with a name of their own in OpenAI's interface. Only ``/v1/predict`` takes the others that are left out here.
 OPENAI_NAMES = {"stop_strings": "stop", "max_new_tokens": "max_tokens"}
-PREDICT_ONLY = {"num_beams", "length_penalty", "do_sample"}
-SETTINGS = tuple(GenerationSettings.model_fields)
-SAMPLING = set(SETTINGS) - set(OPENAI_NAMES) - PREDICT_ONLY
+SAMPLING = set(GenerationSettings.model_fields) - {*OPENAI_NAMES, "num_beams", "length_penalty", "do_sample"}
 # Below this temperature a sample is the likeliest token, as far as 32-bit numbers can tell.
 MIN_TEMPERATURE = 1e-4
-MAX_NAME = 1024
-MAX_TEXTS = 1024
+MAX_LISTED = 1024  # texts, records, candidates, models, and characters of a name
 MAX_IDS = 1 << 17
 MAX_STOPS = 16
-MAX_CANDIDATES = 1024
-MAX_MODELS = 1024
+MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_SETTINGS = {"num_beams": 16, "max_new_tokens": 1 << 17}
 
@@ -66,32 +64,33 @@ def _encodable(text: str) -> str:
     return text
 
 
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_LISTED)]
 Text = Annotated[str, AfterValidator(_encodable)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_IDS)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Count], Field(min_length=1, max_length=MAX_IDS)]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 RowLike = dict[str, Any] | str  # as a file may have it; what a field may hold is the task's business
-RowLikes = RowLike | Annotated[list[RowLike], Field(min_length=1, max_length=MAX_TEXTS)]
+RowLikes = RowLike | Annotated[list[RowLike], Field(min_length=1, max_length=MAX_LISTED)]
 
 
-class StreamOptions(BaseModel):
+class Request(BaseModel, strict=True, extra="forbid"):
+    """A body whose fields are all known."""
+
+
+class StreamOptions(BaseModel, strict=True, extra="ignore"):
     """Options of a stream."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool = False
 
 
-class SamplingRequest(BaseModel):
+class SamplingRequest(BaseModel, strict=True, extra="allow"):
     """Fields that completions and chats share."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
     model: Name
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
@@ -102,8 +101,8 @@ class SamplingRequest(BaseModel):
         """Return the name and value of the field that limits the length of an answer."""
         return "max_tokens", self.max_tokens
 
-    def check_extras(self) -> None:
-        """Raise an ApiError for an unknown field, or an unsupported one that is not neutral."""
+    def model_post_init(self, _: object) -> None:
+        """Refuse unknown fields, and unsupported ones that are not neutral."""
         for name, value in (self.model_extra or {}).items():
             if name in IGNORED or name in SAMPLING or value is None:
                 continue
@@ -113,6 +112,8 @@ class SamplingRequest(BaseModel):
             if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
                        for neutral in NEUTRAL[name]):  # fmt: skip
                 raise invalid(name, f"'{name}' is not supported here; leave it out", "unsupported")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options go with stream: true")
 
     def settings(self) -> list[GenerationSettings]:
         """Return how each of the ``n`` answers is generated. Temperature 0, the default, is greedy decoding, which
@@ -138,10 +139,10 @@ class SamplingRequest(BaseModel):
                 for choice in range(self.n or 1)
             ]
         except PTuningError as error:
-            names = {**dict.fromkeys(SETTINGS), **OPENAI_NAMES, "max_new_tokens": limit_name}
-            message = str(error)
-            wrong = min((name for name in names if name in message), key=message.index, default="temperature")
-            raise invalid(names[wrong] or wrong, message) from error
+            message, names = str(error), {**OPENAI_NAMES, "max_new_tokens": limit_name}
+            named = [name for name in GenerationSettings.model_fields if name in message]
+            wrong = min(named, key=message.index, default="temperature")
+            raise invalid(names.get(wrong, wrong), message) from error
 
 
 class CompletionRequest(SamplingRequest):
@@ -149,37 +150,33 @@ class CompletionRequest(SamplingRequest):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_LISTED)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_LISTED)]
         | None
     ) = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
-class MessagePart(BaseModel):
+class MessagePart(BaseModel, strict=True, extra="allow"):
     """A part of a message; only text can be read."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     type: str
     text: Text | None = None
 
 
-class Message(BaseModel):
+class Message(BaseModel, strict=True, extra="allow"):
     """A message of a chat."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
     role: str
-    content: Text | Annotated[list[MessagePart], Field(max_length=MAX_TEXTS)] | None = None
+    content: Text | Annotated[list[MessagePart], Field(max_length=MAX_LISTED)] | None = None
 
 
 class ChatRequest(SamplingRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(max_length=MAX_TEXTS)]
+    messages: Annotated[list[Message], Field(max_length=MAX_LISTED)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -190,26 +187,30 @@ class ChatRequest(SamplingRequest):
             return super().token_limit()
         return "max_completion_tokens", self.max_completion_tokens
 
+    def model_post_init(self, context: object) -> None:
+        """Refuse fields that go with others."""
+        super().model_post_init(context)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs", "top_logprobs goes with logprobs: true")
 
-class PredictRequest(BaseModel):
+
+class PredictRequest(Request):
     """``POST /v1/predict``: records as ``ptuning predict --data`` reads them. ``generation`` has the names of
     ``ptuning.GenerationSettings``.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    model: Name | Annotated[list[Name], Field(min_length=1, max_length=MAX_MODELS)]
-    records: Annotated[list[RowLike], Field(min_length=1, max_length=MAX_TEXTS)]
-    candidates: Annotated[list[Text], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 1
+    model: Name | Annotated[list[Name], Field(min_length=1, max_length=MAX_LISTED)]
+    records: Annotated[list[RowLike], Field(min_length=1, max_length=MAX_LISTED)]
+    candidates: Annotated[list[Text], Field(min_length=1, max_length=MAX_LISTED)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_LISTED)] = 1
     min_probability: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    normalise: str | None = None
+    normalise: Normalise | None = None
     calibrate: bool | None = None
     count_stop: bool = False
     generation: dict[str, Any] | None = None
 
-    def settings(self) -> GenerationSettings:
-        """Return how answers are generated; an ApiError names a wrong setting."""
+    def answering(self) -> Answering:
+        """Return how records are answered; an ApiError names a wrong setting of generation."""
         values = self.generation or {}
         for name, limit in MAX_SETTINGS.items():
             if isinstance(values.get(name), int) and values[name] > limit:
@@ -218,25 +219,23 @@ class PredictRequest(BaseModel):
         if isinstance(stops, list) and len(stops) > MAX_STOPS:
             raise invalid("generation.stop_strings", f"there are more than {MAX_STOPS} stop strings")
         try:
-            return GenerationSettings.of(values)
+            generation = GenerationSettings.of(values)
         except PTuningError as error:
             raise invalid("generation", str(error)) from error
+        fields = ("candidates", "top_k", "min_probability", "normalise", "calibrate", "count_stop")
+        return Answering(generation=generation, **{name: getattr(self, name) for name in fields})
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(Request):
     """``POST /v1/classify``."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Name
     input: RowLikes
     user: str | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Request):
     """``POST /tokenize``."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Name | None = None
     prompt: Text
@@ -244,10 +243,8 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Request):
     """``POST /detokenize``."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
     model: Name | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_IDS)]
+    tokens: Annotated[list[Count], Field(max_length=MAX_IDS)]

@@ -1,4 +1,4 @@
-"""State that the routes share: the engine, the prompts by name, the limits, and whether requests are accepted."""
+"""State that the routes share: the engine, the prompts by name, keys, limits, and whether requests are accepted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from ptuning.errors import ConfigError
 from ptuning.files import sha256
 from ptuning.serve.http.errors import invalid
 from ptuning.serve.http.keys import Keys
@@ -35,8 +34,6 @@ class Settings:
         hosts: Allowed names in the header Host (against DNS rebinding); None for any.
         body_bytes: Maximum size of a request's body.
         body_seconds: Maximum time for a request's body to arrive.
-        depth: Maximum nesting of lists and objects in a body.
-        max_choices: Maximum ``n``.
         keep_alive: Seconds of silence after which a stream sends a comment.
         pending_pieces: Maximum number of unread pieces of a stream.
     """
@@ -47,19 +44,13 @@ class Settings:
     hosts: frozenset[str] | None = None
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
-    depth: int = 32
-    max_choices: int = 16
     keep_alive: float = 15.0
     pending_pieces: int = 4096
-
-    def __post_init__(self) -> None:
-        if min(self.body_bytes, self.depth, self.max_choices, self.pending_pieces) < 1:
-            raise ConfigError("the limits of the service must be 1 or more")
 
 
 @dataclass
 class Service:
-    """The service as its routes see it."""
+    """The engine, the prompts and the settings of an application, ``app.state.service``."""
 
     engine: Engine
     registry: Registry
