@@ -31,9 +31,9 @@ format: $(VENV)/dev.stamp
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# Try inputs that are broken, hostile or nearly right: N of them, from SEED on, of KINDS (tests/fuzz/kinds.py; all).
+# Try inputs that are broken, hostile or nearly right: N of each kind, or of the kind named KIND.
 fuzz: $(VENV)/dev.stamp
-	@$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),10000) --seed $(or $(SEED),0) $(if $(KINDS),--kinds $(KINDS))
+	@FUZZ_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest -q tests/fuzz $(if $(KIND),-k $(KIND))
 
 # Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of
 # docs/evidence/performance.md, in more than an hour on two cores. SMOKE=1 runs every script on a tiny random model

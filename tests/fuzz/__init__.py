@@ -1,1 +1,1 @@
-"""Fuzzers: inputs that are broken, hostile or nearly right. `kinds` has them, `run` tries as many as are asked for."""
+"""Fuzzers: inputs that are broken, hostile or nearly right are accepted, or end in one PTuningError with a message."""

@@ -1,4 +1,4 @@
-"""What is put into inputs to break them: hypothesis strategies for texts, bytes and JSON with something strange."""
+"""Strategies for texts, bytes, JSON and files with something strange in them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ PIECES = (
     "é", "[X]", "[Y]", "[P]", "[P*3]", "[P*99999999]", "[P:words of]", "[P: ]", "[>]", "[[", "]]", "{{", "}}", "{x}",
     "{x!}", "[D]", "[D*2]", "[D*99999999]", "[D:words of]", "[D:examples]", "[C]", "{messages}", "{%", "%}",
     "{text}", "{", "}", "[", "]", ".", "?", "!", "'", '"', "\\", "/", "../", "|", ",", ";", "=", "_", "<", "&", "#",
-    "$",
-    "<mask>", "</s>", "[MASK]", "<|endoftext|>", "word", "Nairobi", "0", "-1", "1e400", "NaN", "null", "true",
+    "$", "<mask>", "</s>", "[MASK]", "<|endoftext|>", "word", "Nairobi", "0", "-1", "1e400", "NaN", "null", "true",
     "9" * 5000, "a" * 300, "." * 3000, " " * 3000, "[" * 500, "{" * 500, "\u0301" * 200, "x y " * 300,
 )  # fmt: skip
 VALUES: Sequence[Any] = (
-    None, True, False, 0, 1, -1, 7, 2**63, -(2**63), 10**400,
-    0.5, -0.0, 1e308, 1e-320, float("inf"), float("nan"), HUGE,
-    DEEP, [], {}, [1], ["a", "b"], {"a": 1}, {"": {"": ""}}, [[["a"]]], {"a": [{"b": None}]}, *PIECES,
+    None, True, False, 0, 1, -1, 7, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, 1e-320, float("inf"), float("nan"),
+    HUGE, DEEP, [], {}, [1], ["a", "b"], {"a": 1}, {"": {"": ""}}, [[["a"]]], {"a": [{"b": None}]}, *PIECES,
 )  # fmt: skip
 
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=9).map("".join)
@@ -44,13 +42,11 @@ def changed_text(draw: st.DrawFn, text: str) -> str:
 @st.composite
 def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
     """Return bytes of which a few were put in, taken out, written over or cut off, perhaps in another encoding."""
+    pieces = st.sampled_from(PIECES).map(lambda piece: piece.encode("utf-8", "surrogatepass"))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(data)))
         end = min(len(data), start + draw(st.sampled_from((0, 0, 1, 1, 4, 20, 10**9))))
-        piece = draw(
-            st.binary(max_size=4) | st.sampled_from(PIECES).map(lambda one: one.encode("utf-8", "surrogatepass"))
-        )
-        data = data[:start] + piece + data[end:]
+        data = data[:start] + draw(st.binary(max_size=4) | pieces) + data[end:]
     encoding = draw(st.sampled_from(("", "", "", "", "", "utf-16", "utf-32", "latin-1", "utf-8-sig", "utf-7")))
     return data.decode("utf-8", "replace").encode(encoding, "replace") if encoding else data
 
@@ -84,6 +80,32 @@ def changed_json(draw: st.DrawFn, value: Any) -> Any:
     return value
 
 
+@st.composite
+def changed_file(draw: st.DrawFn, name: str, data: bytes) -> bytes:
+    """Return a file with broken bytes, or with strange values where its ending says what it holds."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(changed_bytes(data))
+    if name.endswith(".json"):
+        return as_json(draw(changed_json(json.loads(data)))).encode()
+    if name.endswith(".jsonl"):
+        lines = data.decode().splitlines()
+        at = draw(st.integers(0, len(lines) - 1))
+        lines[at] = as_json(draw(changed_json(json.loads(lines[at]))))
+        return "\n".join(lines).encode()
+    if name.endswith(".safetensors"):
+        size = int.from_bytes(data[:8], "little")
+        header = as_json(draw(changed_json(json.loads(data[8 : 8 + size])))).encode()
+        return len(header).to_bytes(8, "little") + header + data[8 + size :]
+    return draw(changed_bytes(data))
+
+
+@st.composite
+def changed_folder(draw: st.DrawFn, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files of a folder, of which one is changed."""
+    name = draw(st.sampled_from(sorted(files)))
+    return {**files, name: draw(changed_file(name, files[name]))}
+
+
 def as_json(value: Any) -> str:
     """Return JSON text, with numbers and nesting that Python itself would not write."""
     text = json.dumps(value)
@@ -102,18 +124,18 @@ def as_python(value: Any) -> Any:
             deep = [deep]
         return deep
     if isinstance(value, dict):
-        return {name: as_python(one) for name, one in value.items()}
-    return [as_python(one) for one in value] if isinstance(value, list) else value
+        return {name: as_python(item) for name, item in value.items()}
+    return [as_python(item) for item in value] if isinstance(value, list) else value
 
 
 def as_toml(value: Any) -> str:
     """Return TOML text of JSON: values as TOML has them, in tables of one line."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(name)} = {as_toml(one)}" for name, one in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(name)} = {as_toml(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(as_toml, value)) + "]"
     if value is None or isinstance(value, str):
-        return {HUGE: "9" * 5000, DEEP: "[" * 3000 + "]" * 3000}.get(value or "", json.dumps(value or ""))
+        return LITERALS.get(f'"{value}"', json.dumps(value or ""))
     return {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}.get(json.dumps(value), json.dumps(value))
 
 
@@ -121,8 +143,4 @@ def as_toml_file(value: Any) -> str:
     """Return a TOML file of JSON, a key on each line."""
     if not isinstance(value, Mapping):
         return as_json(value)
-    return "".join(f"{_key(name)} = {as_toml(one)}\n" for name, one in value.items())
-
-
-def _key(name: str) -> str:
-    return json.dumps(name)
+    return "".join(f"{json.dumps(name)} = {as_toml(item)}\n" for name, item in value.items())
