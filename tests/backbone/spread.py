@@ -62,7 +62,7 @@ def spread(out: Path, llama: Path, qwen3: Path) -> None:
         whole = sum(weight.numel() for weight in backbone.model.parameters())
         here = sum(getattr(one, "_local_tensor", one).numel() for one in backbone.model.parameters())
         assert here < 0.75 * whole
-        with pytest.raises(BackboneError, match="spread over 2 processes, and only a prompt's slots"):
+        with pytest.raises(BackboneError, match="spread over 2 processes, so only a prompt's slots"):
             backbone.with_random_weights(seed=0)
         found |= {f"{name} {key}": value for key, value in learned(backbone, out / name).items()}
     half = load_backbone(llama, dtype="bfloat16", device="cpu", shard="tp")

@@ -20,7 +20,6 @@ from torch import Tensor
 import ptuning.engine.forward
 from ptuning.backbone import probes
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.forward import Forward
 from ptuning.config import TrainConfig
 from ptuning.engine import prefix_cache
 from ptuning.engine.forward import shared_prefix_tokens, target_logits
@@ -240,7 +239,7 @@ def test_training_reads_every_row_as_if_alone(share: float, monkeypatch: pytest.
 def test_threads_do_not_turn_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Alone or in company*: the positions in use are one tensor of the model, so passes wait in turn."""
     backbone = longrope()
-    prompt, real = learned(backbone, EARLY), Forward.__call__
+    prompt, real = learned(backbone, EARLY), backbone.model.forward
     running: list[int] = []
 
     def slowly(*given: Any, **more: Any) -> Any:
@@ -250,7 +249,7 @@ def test_threads_do_not_turn_each_other(monkeypatch: pytest.MonkeyPatch) -> None
         running.append(running[-1] - 1)
         return found
 
-    monkeypatch.setattr(Forward, "__call__", slowly)
+    monkeypatch.setattr(backbone.model, "forward", slowly)
     ask = functools.partial(PromptModel(backbone).target_logits, RECORDS, prompt)
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:

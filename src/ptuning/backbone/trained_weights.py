@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import HEAD
-from ptuning.backbone.probes import beside_pads, running
+from ptuning.backbone.probes import logits_with_pads, running
 from ptuning.backbone.randomness import own_draws
 from ptuning.config import SaveWeights, TrainBackbone
 from ptuning.errors import PromptError
@@ -95,7 +95,7 @@ def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, 
     other.freeze()
     called = f"{backbone.name}: {type(backbone.model).__name__}"
     with running(f"{called} cannot run with adapters (lora_targets {targets})", do=lora.ADVICE):
-        beside_pads(other)
+        logits_with_pads(other)
     lora.check_restorable(other.model, backbone.copy(share=True).model, targets=targets)
     return other
 
