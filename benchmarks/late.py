@@ -141,7 +141,7 @@ def sentences(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Js
     ]
     scores = {name: sum(score for _, score in values) / len(values) for name, values in found.items()}
     bound = bind(backbone, plain)
-    untrained = evaluate(backbone, items_of(bound, dev, labels=words), PromptBatch.none(backbone.width))
+    untrained = evaluate(backbone, [items_of(bound, dev, labels=words)], PromptBatch.none(backbone.width))
     scores["manual prompt"] = untrained.score
     note = f"accuracy on {len(dev)} others: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     say(f"  {note}")

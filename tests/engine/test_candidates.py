@@ -72,26 +72,27 @@ def test_trees_of_candidates_equal_one_pass_each(
 def test_what_candidates_share_is_read_once(causal: Backbone) -> None:
     """The context is in the row once, and each beginning of several candidates as well."""
     examples = examples_of(causal, TEMPLATE)[1]
-    (row,) = tree_rows(examples)
+    (tree,) = tree_rows(examples, PreparedPrompt(PromptBatch.none(causal.width)))
+    row = tree.row
     context = min(example.logit_positions[0] for example in examples) + 1
     beginnings = {
         example.token_ids[context:length]
         for example in examples
         for length in range(context + 1, len(example.token_ids) + 1)
     }
-    assert len(row.parents) == len(beginnings) > 3
+    assert len(tree.parents) == len(beginnings) > 3
     assert len(row.example.token_ids) == context + len(beginnings)
     assert len(row.example.logit_positions) == len({*beginnings, ()})
-    assert sorted(place for place, _, _ in row.candidates) == list(range(len(NAMES)))
+    assert sorted(place for place, _, _ in tree.candidates) == list(range(len(NAMES)))
 
 
 def test_a_token_reads_its_context_and_what_leads_to_it(causal: Backbone) -> None:
     """And nothing of another candidate; its position is that of a row of its own."""
     examples = examples_of(causal, TEMPLATE)[1]
-    rows = tree_rows(examples)
-    batch = tree_batch(rows, learned(causal, TEMPLATE).learned(causal))
+    trees = tree_rows(examples, PreparedPrompt(learned(causal, TEMPLATE).learned(causal)))
+    batch, _ = tree_batch(trees)
     seen = set()
-    for column in range(len(rows[0].example.token_ids)):
+    for column in range(len(trees[0].row.example.token_ids)):
         read = batch.mask[0, 0, column].nonzero().flatten().tolist()
         assert batch.positions[0, read].tolist() == list(range(len(read)))
         seen.add(tuple(batch.token_ids[0, read].tolist()))

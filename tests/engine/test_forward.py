@@ -395,7 +395,7 @@ def test_scores_and_the_ceiling_share_prefixes(
     found = []
     for least in (1, NEVER):
         monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
-        found.append(evaluate(backbone, items, prompts))
+        found.append(evaluate(backbone, [items], prompts))
     assert found[0].hits == found[1].hits
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-5)
     passes.bodies.clear()

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import collate
-from ptuning.engine.forward import forward_batch, forward_packed, target_logits
+from ptuning.engine.forward import forward_packed, keys_and_values, target_logits
 from ptuning.engine.prefix_cache import drop_prefix
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
@@ -20,10 +19,7 @@ TEMPLATES = ("{x} [P*2] so [Y]", "{x} [P:It was] a good [P] [Y]", "{x} is [Y]", 
 
 def prefix_of(backbone: Backbone, example: Example) -> torch.Tensor:
     """Return the keys and values of a row."""
-    nothing = PromptBatch.none(backbone.width)
-    memory = forward_batch(backbone, collate([example], nothing), nothing, keep=True).memory
-    assert memory is not None
-    return torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0]
+    return keys_and_values(backbone, example, PromptBatch.none(backbone.width))
 
 
 @torch.no_grad()

@@ -396,8 +396,8 @@ def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
 def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tie rule of ``rank``."""
 
-    def level(_backbone: object, examples: list[list[Example]], _: object) -> list[list[float]]:
-        return [[-1.0 * len(example.target_ids) for example in own] for own in examples]
+    def level(_: object, records: Sequence[tuple[Sequence[Example], object]]) -> list[list[float]]:
+        return [[-1.0 * len(example.target_ids) for example in own] for own, _ in records]
 
     monkeypatch.setattr("ptuning.engine.runner.tree_log_probs", level)
     for order in itertools.permutations(["yes", "no", "25"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -439,20 +439,21 @@ def test_only_references_like_the_text_that_is_written_are_scored(
     own = [[half or text, f"{text} and more", "Zz", "Nairobi film"] for half, text in zip(halves, texts, strict=True)]
     data = as_records([{**record, "y": ["wrong", *some]} for record, some in zip(RECORDS, own, strict=True)])
     filled, slots = prompt.bind(causal), prompt.learned(causal)
-    found = evaluate(causal, target_requests(filled, data, with_stop=False), slots)
+    found = evaluate(causal, [target_requests(filled, data, with_stop=False)], slots)
     every = of_any_reference(causal, filled, data, slots, found)
     scored: list[int] = []
     whole = evaluate
 
-    def counted(backbone: Backbone, items: Sequence[ScoringRequest], *rest: Any, **named: Any) -> Evaluation:
+    def counted(backbone: Backbone, parts: Iterable[Sequence[ScoringRequest]], *rest: Any, **named: Any) -> Evaluation:
+        items = [item for part in parts for item in part]
         scored.append(len(items))
-        return whole(backbone, items, *rest, **named)
+        return whole(backbone, [items], *rest, **named)
 
     monkeypatch.setattr(answer_module, "evaluate", counted)
     assert of_any_reference(causal, filled, data, slots, found, written=texts) == every
     assert 1.0 in every.hits
     assert score_prompt(model, data, prompt).hits == every.hits
-    assert len(scored) == 2
+    assert len(scored) == 3
     assert max(scored) < 4 * len(RECORDS)  # a text without a letter begins like any
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine import batch as bounds
 from ptuning.engine.batch import Batch, batches, collate
-from ptuning.engine.forward import forward_after_context, forward_batch
+from ptuning.engine.forward import forward_batch, keys_and_values
 from ptuning.engine.memory import in_parts
+from ptuning.engine.prefix_store import ModelRow, PreparedPrompt, rest_of
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.template.encode import Example
 from ptuning.template.segments import Ids
@@ -27,32 +28,68 @@ class TreeRow:
     score it.
     """
 
-    example: Example
+    row: ModelRow
     candidates: tuple[tuple[int, Ids, Ids], ...]
     parents: Ids
 
 
 def tree_log_probs(
-    backbone: Backbone, examples: Sequence[Sequence[Example]], learned: PromptBatch
+    backbone: Backbone, records: Sequence[tuple[Sequence[Example], PreparedPrompt]]
 ) -> list[list[float]]:
-    """Return the total log-probability of each candidate's ``target_ids``, for N records with C candidates each, for a
-    backbone that :attr:`~ptuning.backbone.backbone.Backbone.branches`: the context of a record is computed once for all
-    of its candidates, and so is a prefix of several of these.
-
-    ``examples`` are the filled templates of each record, ``learned`` the parameters for N rows.
+    """Return the total log-probability of each candidate's ``target_ids``, for N records with the filled templates of
+    their candidates, for a backbone that :attr:`~ptuning.backbone.backbone.Backbone.branches`: the context of a record
+    is computed once for all of its candidates, and so is a prefix of several of these.
     """
-    totals = [[0.0] * len(own) for own in examples]
-    rows = [(owner, row) for owner, own in enumerate(examples) for row in tree_rows(own)]
-    for chosen, logits in _passes(backbone, rows, learned):
-        group = [rows[index] for index in chosen]
-        values = iter(_totals([row for _, row in group], logits))
-        for owner, row in group:
-            for place, _, _ in row.candidates:
-                totals[owner][place] = next(values)
+    totals = [[0.0] * len(examples) for examples, _ in records]
+    together: list[tuple[int, TreeRow]] = []
+    for owner, (examples, prompt) in enumerate(records):
+        trees = tree_rows(examples, prompt)
+        if len(trees) == 1:
+            together.append((owner, trees[0]))
+            continue
+        # The context of a record that fills several passes runs once, without its last token, which is scored.
+        shared = len(trees[0].row.example.token_ids) - len(trees[0].parents) - 1
+        prefix = keys_and_values(backbone, *trees[0].row.prefix(shared)) if shared else None
+        for tree in trees:
+            _add(totals, [(owner, tree)], _logits(backbone, [tree], prefix, shared))
+    for chosen in batches([[tree.row.example] for _, tree in together]):
+        group = [together[index] for index in chosen]
+
+        def run(places: Sequence[int], group: Sequence[tuple[int, TreeRow]] = group) -> Tensor:
+            return _logits(backbone, [group[place][1] for place in places])
+
+        lengths = [len(tree.row.example.token_ids) for _, tree in group]
+        _add(totals, group, torch.cat(in_parts(run, lengths, backbone=backbone)))
     return totals
 
 
-def tree_rows(examples: Sequence[Example]) -> list[TreeRow]:
+def _logits(backbone: Backbone, trees: Sequence[TreeRow], prefix: Tensor | None = None, shared: int = 0) -> Tensor:
+    batch, learned = tree_batch(trees, shared)
+    return forward_batch(backbone, batch, learned, prefixes=[prefix] * len(trees)).logits
+
+
+def _add(totals: list[list[float]], trees: Sequence[tuple[int, TreeRow]], logits: Tensor) -> None:
+    """Add the log-probabilities of the candidates of trees, from the (N, V) float32 logits of these rows."""
+    at: list[int] = []
+    ids: list[int] = []
+    owner: list[int] = []
+    places: list[tuple[int, int]] = []
+    start = 0
+    for record, tree in trees:
+        for place, scored, own in tree.candidates:
+            at += [start + index for index in scored]
+            ids += own
+            owner += [len(places)] * len(own)
+            places.append((record, place))
+        start += len(tree.row.example.logit_positions)
+    rows, tokens, owners = (torch.tensor(values, device=logits.device) for values in (at, ids, owner))
+    log_probs = logits[rows, tokens] - torch.logsumexp(logits, dim=-1)[rows]  # (M,)
+    sums = log_probs.new_zeros(len(places)).index_add(0, owners, log_probs).tolist()
+    for (record, place), value in zip(places, sums, strict=True):
+        totals[record][place] = value
+
+
+def tree_rows(examples: Sequence[Example], prompt: PreparedPrompt) -> list[TreeRow]:
     """Return rows of one record's context, each followed by the tree of as many candidates as a pass can hold."""
     ids = [example.token_ids for example in examples]
     context = min(shared_length(min(ids), max(ids)), 1 + min(example.logit_positions[0] for example in examples))
@@ -62,7 +99,7 @@ def tree_rows(examples: Sequence[Example]) -> list[TreeRow]:
         if trees[-1].candidates and trees[-1].is_full(examples[place]):
             trees.append(_Tree(examples[0], context))
         trees[-1].add(place, examples[place])
-    return [tree.row() for tree in trees]
+    return [tree.row(prompt) for tree in trees]
 
 
 class _Tree:
@@ -97,75 +134,28 @@ class _Tree:
             logits.append(self.scored.setdefault(column, len(self.scored)))
         self.candidates.append((place, tuple(logits), example.target_ids))
 
-    def row(self) -> TreeRow:
+    def row(self, prompt: PreparedPrompt) -> TreeRow:
         scored = tuple(self.scored)
         example = replace(
             self.example, token_ids=tuple(self.tokens), logit_positions=scored, target_ids=(), own_tokens=0
         )
-        return TreeRow(example, tuple(self.candidates), tuple(self.parents))
+        return TreeRow(ModelRow(example, prompt), tuple(self.candidates), tuple(self.parents))
 
 
-def tree_batch(rows: Sequence[TreeRow], learned: PromptBatch) -> Batch:
-    """Pad rows on the right to a batch in which a token reads what leads to it: the mask is (B, 1, T, T) bool."""
-    batch = collate([row.example for row in rows], learned)
+def tree_batch(trees: Sequence[TreeRow], shared: int = 0) -> tuple[Batch, PromptBatch]:
+    """Pad trees, without the ``shared`` first tokens of their context, on the right to a batch in which a token reads
+    what leads to it: the mask is (B, 1, T, T) bool. Also returns the learned parameters of the rows.
+    """
+    examples, learned = rest_of([tree.row for tree in trees], [shared] * len(trees))
+    batch = collate(examples, learned)
     width = batch.token_ids.shape[1]
-    mask = np.zeros((len(rows), width, width), dtype=np.bool_)
+    mask = np.zeros((len(trees), width, width), dtype=np.bool_)
     mask[:] = np.eye(width, dtype=np.bool_)  # so that pads read something
     positions = batch.positions.numpy().copy()
-    for row, reads, at in zip(rows, mask, positions, strict=True):
-        context = len(row.example.token_ids) - len(row.parents)
+    for example, tree, reads, at in zip(examples, trees, mask, positions, strict=True):
+        context = len(example.token_ids) - len(tree.parents)
         reads[:context, :context] = np.tri(context, dtype=np.bool_)
-        for column, parent in enumerate(row.parents, start=context):
-            reads[column] |= reads[parent]
-            at[column] = at[parent] + 1
-    return replace(batch, mask=torch.from_numpy(mask[:, None]), positions=torch.from_numpy(positions))
-
-
-def _passes(
-    backbone: Backbone, rows: Sequence[tuple[int, TreeRow]], learned: PromptBatch
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Run rows, each with the index of its record, and yield those of a pass with their logits, (N, V). The context of
-    a record that fills several passes runs once.
-    """
-    per_record: dict[int, list[int]] = {}
-    for index, (owner, _) in enumerate(rows):
-        per_record.setdefault(owner, []).append(index)
-    together: list[int] = []
-    for owner, own in per_record.items():
-        if len(own) == 1:
-            together += own
-            continue
-        brought = learned.take([owner])
-        trees = [tree_batch([rows[index][1]], brought) for index in own]
-        for index, logits in zip(own, forward_after_context(backbone, trees, brought), strict=True):
-            yield [index], logits
-
-    for part in batches([[rows[index][1].example] for index in together]):
-        chosen = [together[at] for at in part]
-
-        def run(places: Sequence[int], chosen: Sequence[int] = chosen) -> Tensor:
-            group = [rows[chosen[place]] for place in places]
-            brought = learned.take([owner for owner, _ in group])
-            return forward_batch(backbone, tree_batch([row for _, row in group], brought), brought).logits
-
-        lengths = [len(rows[index][1].example.token_ids) for index in chosen]
-        yield chosen, torch.cat(in_parts(run, lengths, backbone=backbone))
-
-
-def _totals(rows: Sequence[TreeRow], logits: Tensor) -> list[float]:
-    """Return the log-probability of each candidate of rows, from the (N, V) float32 logits of these rows."""
-    at: list[int] = []
-    ids: list[int] = []
-    owner: list[int] = []
-    start = number = 0
-    for row in rows:
-        for _, scored, own in row.candidates:
-            at += [start + index for index in scored]
-            ids += own
-            owner += [number] * len(own)
-            number += 1
-        start += len(row.example.logit_positions)
-    places, tokens, owners = (torch.tensor(values, device=logits.device) for values in (at, ids, owner))
-    log_probs = logits[places, tokens] - torch.logsumexp(logits, dim=-1)[places]  # (M,)
-    totals: list[float] = log_probs.new_zeros(number).index_add(0, owners, log_probs).tolist()
-    return totals
+        for column, parent in enumerate(tree.parents, start=context):
+            reads[column] |= reads[parent - shared]
+            at[column] = at[parent - shared] + 1
+    return replace(batch, mask=torch.from_numpy(mask[:, None]), positions=torch.from_numpy(positions)), learned

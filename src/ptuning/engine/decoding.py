@@ -82,14 +82,14 @@ class StopCriteria:
         as_is: bool = False,
         end_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._tokenizer = backbone.tokenizer
+        self.tokenizer = backbone.tokenizer
         self._multiline = multiline
         self.max_tokens = max_tokens
         self._as_is = as_is
         self._stop_strings = stop_strings
         self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
         # The ends of a text and of an answer; and of a filled gap, for a model that learned to write one.
-        self.ids = end_ids | self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
+        self.ids = end_ids | self.tokenizer.end_ids | ({self.tokenizer.gap.end_id} - {None})
 
     @classmethod
     def of(
@@ -116,12 +116,12 @@ class StopCriteria:
 
     def _ends_line(self, ids: Sequence[int]) -> bool:
         # A line break before the answer does not end it.
-        return not self._multiline and self._tokenizer.ends_line(ids[-1]) and bool(self._tokenizer.decode(ids).strip())
+        return not self._multiline and self.tokenizer.ends_line(ids[-1]) and bool(self.tokenizer.decode(ids).strip())
 
     def _stops(self, ids: Sequence[int]) -> bool:
         if not self._stop_strings:
             return False
-        tail = self._tokenizer.decode(ids[-self._tail :])
+        tail = self.tokenizer.decode(ids[-self._tail :])
         return any(text in tail for text in self._stop_strings)
 
     def generated(self, hypothesis: Hypothesis) -> GeneratedText:
@@ -131,7 +131,7 @@ class StopCriteria:
 
     def text(self, ids: Sequence[int], *, is_whole: bool = True) -> str:
         """Return the text of an answer or, unless it ``is_whole``, the part of it that more tokens will not change."""
-        text = self._tokenizer.decode(self._without_stop(ids))
+        text = self.tokenizer.decode(self._without_stop(ids))
         text = text[: min((at for stop in self._stop_strings if (at := text.find(stop)) >= 0), default=len(text))]
         if not is_whole:
             text = text.rstrip(UNFINISHED)
@@ -144,7 +144,7 @@ class StopCriteria:
 
     def _without_stop(self, ids: Sequence[int]) -> Sequence[int]:
         """Return the tokens without one that ended them and that has no text."""
-        ends = ids[-1] in self.ids or (self._ends_line(ids) and not self._tokenizer.decode(ids[-1:]).strip())
+        ends = ids[-1] in self.ids or (self._ends_line(ids) and not self.tokenizer.decode(ids[-1:]).strip())
         return ids[:-1] if ends else ids
 
 
@@ -170,6 +170,16 @@ class OutputSequence:
             self.log_probs.append(value)
             best = log_probs.topk(min(self.alternatives, len(log_probs)))
             self.likeliest.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+    def tokens(self, first: int = 0) -> tuple[Token, ...]:
+        """Return the tokens from one on, with their ``alternatives``, if these were asked for."""
+        decode = self.ending.tokenizer.decode
+        return tuple(
+            Token(token, decode([token]), value, tuple((decode([other]), each) for other, each in likeliest))
+            for token, value, likeliest in zip(
+                self.hypothesis.ids[first:], self.log_probs[first:], self.likeliest[first:], strict=False
+            )
+        )
 
     def finished(self) -> list[Hypothesis]:
         """Return the answers, best first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -42,75 +42,47 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
-    items: Sequence[ScoringRequest],
+    parts: Iterable[Sequence[ScoringRequest]],
     learned: PromptBatch,
     *,
     cache: PrefixCache | None = None,
     report: OnProgress | None = None,
     note: str = "",
+    total: int = 0,
 ) -> Evaluation:
-    """Score items with one prompt, in batches of similar length; ``report`` is called with ``note`` after each.
-    Targets that the tokenizer does not know are misses, and not part of the loss.
+    """Score requests with one prompt, in batches of similar length, part by part as they come, so that only a part is
+    in memory at a time. ``report`` is called with ``note`` after each batch; ``total`` is their number, by default that
+    of the first part. Targets that the tokenizer does not know are misses, and not part of the loss.
     """
     loss_sum, count = 0.0, 0.0
-    known = [bool(item.distinguishable) for item in items]
-    found = {index: 0.0 for index, item in enumerate(items) if not (item.answers or known[index])}
-    asked = [index for index in range(len(items)) if index not in found]
-    guesses: dict[int, int] = {}
-    log_probs: dict[int, tuple[float, ...]] = {}
-    prefix = shared_prefix_tokens(backbone, inputs_of(items))
-    for places in batches([items[index].inputs for index in asked], prefix=prefix):
-        chosen = [asked[place] for place in places]
-        group = [items[index] for index in chosen]
-        scored = score_continuations(group, target_logits(backbone, inputs_of(group), learned, cache=cache))
-        batch_sum, batch_count = loss(group, scored)
-        loss_sum, count = loss_sum + float(batch_sum), count + batch_count
-        found |= dict(zip(chosen, hits(group, scored), strict=True))
-        if group[0].answers:
-            of_classes = torch.log_softmax(class_scores(group, scored), dim=-1)  # (I, K)
-            guesses |= dict(zip(chosen, of_classes.argmax(dim=-1).tolist(), strict=True))
-            log_probs |= dict(zip(chosen, map(tuple, of_classes.tolist()), strict=True))
-        if report is not None:
-            report(Progress("dev", len(found), len(items), note))
-    return Evaluation(
-        loss_sum / count if count else math.nan,
-        tuple(found[index] for index in range(len(items))),
-        tuple(guesses[at] for at in sorted(guesses)),
-        tuple(log_probs[at] for at in sorted(log_probs)),
-        tuple(known),
-        count,
-    )
-
-
-def evaluate_parts(
-    backbone: Backbone,
-    parts: Iterable[Sequence[ScoringRequest]],
-    learned: PromptBatch,
-    *,
-    total: int,
-    report: OnProgress | None = None,
-    note: str = "",
-) -> Evaluation:
-    """Score items as :func:`evaluate` does, part by part as they come, so that only a part is in memory at a time."""
-    found: list[Evaluation] = []
-    done = 0
-
-    def tell(progress: Progress) -> None:
-        if report is not None:
-            report(replace(progress, done=done + progress.done, total=total))
-
+    every_hit: list[float] = []
+    every_known: list[bool] = []
+    guesses: list[int] = []
+    log_probs: list[tuple[float, ...]] = []
     for items in parts:
-        found.append(evaluate(backbone, items, learned, report=tell, note=note))
-        done += len(items)
-    count = sum(one.count for one in found)
-    return Evaluation(
-        sum(one.loss * one.count for one in found if one.count) / count if count else math.nan,
-        tuple(hit for one in found for hit in one.hits),
-        tuple(guess for one in found for guess in one.guesses),
-        tuple(values for one in found for values in one.log_probs),
-        tuple(known for one in found for known in one.known),
-        count,
-    )
+        known = [bool(item.distinguishable) for item in items]
+        is_hit = {index: 0.0 for index, item in enumerate(items) if not (item.answers or known[index])}
+        left = [index for index in range(len(items)) if index not in is_hit]
+        classes: dict[int, tuple[float, ...]] = {}
+        prefix = shared_prefix_tokens(backbone, inputs_of(items))
+        for places in batches([items[index].inputs for index in left], prefix=prefix):
+            chosen = [left[place] for place in places]
+            group = [items[index] for index in chosen]
+            scored = score_continuations(group, target_logits(backbone, inputs_of(group), learned, cache=cache))
+            batch_sum, batch_count = loss(group, scored)
+            loss_sum, count = loss_sum + float(batch_sum), count + batch_count
+            is_hit |= dict(zip(chosen, hits(group, scored), strict=True))
+            if group[0].answers:
+                of_classes = torch.log_softmax(class_scores(group, scored), dim=-1)  # (I, K)
+                classes |= dict(zip(chosen, map(tuple, of_classes.tolist()), strict=True))
+            if report is not None:
+                report(Progress("dev", len(every_hit) + len(is_hit), total or len(items), note))
+        every_hit += [is_hit[index] for index in range(len(items))]
+        every_known += known
+        log_probs += [classes[index] for index in sorted(classes)]
+        guesses += [max(range(len(row)), key=row.__getitem__) for row in log_probs[len(guesses) :]]
+    mean = loss_sum / count if count else math.nan
+    return Evaluation(mean, tuple(every_hit), tuple(guesses), tuple(log_probs), tuple(every_known), count)
 
 
 def measure_ceiling(

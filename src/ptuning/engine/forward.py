@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ def forward_batch(
     """Run rows that are padded already, after the cached keys and values of their ``prefixes``, if any; ``keep`` as for
     :func:`forward_embeddings`.
     """
-    batch = batch.to(backbone.device)
+    batch, learned = batch.to(backbone.device), learned.to(backbone.device)
     past = past_key_values(backbone, learned, prefixes or [None] * len(batch.counts), batch.unread)
     embeddings = embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch)
     offsets = layer_offsets(batch, learned)
@@ -175,23 +175,11 @@ def _mask_with_past(past: PastKeyValues | None, mask: Tensor) -> Tensor:
     return torch.cat([past.mask[:, None, None].expand(-1, 1, mask.shape[2], -1).bool(), mask], dim=3)
 
 
-def forward_after_context(backbone: Backbone, same: Sequence[Batch], learned: PromptBatch) -> Iterator[Tensor]:
-    """Run batches of one row each that begin alike, what they share once, and yield the logits of each, (N, V)."""
-    past = past_key_values(backbone, learned, [None])
-    shared, layers = min(batch.shared_tokens for batch in same), None
-    for one in same:
-        batch = replace(one, shared_tokens=shared).to(backbone.device)
-        embeddings = embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch)
-        offsets = layer_offsets(batch, learned)
-        if layers is None and shared:
-            layers = backbone.run_prefix(
-                embeddings[:, :shared],
-                positions=batch.positions[:, :shared],
-                rows=1,
-                offsets=None if offsets is None else offsets.between(0, shared),
-            ).layers
-        memory = None if layers is None else Memory.of(layers)
-        yield forward_embeddings(backbone, embeddings, batch, prefix=memory, past=past, offsets=offsets)[0]
+def keys_and_values(backbone: Backbone, example: Example, learned: PromptBatch) -> Tensor:
+    """Return the keys and values of a row and of what its prompt has learned before it, (L, 2, H, C, D)."""
+    memory = forward_batch(backbone, collate([example], learned), learned, keep=True).memory
+    assert memory is not None
+    return torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0]
 
 
 def forward_embeddings(
@@ -200,20 +188,17 @@ def forward_embeddings(
     batch: Batch,
     *,
     past: PastKeyValues | None = None,
-    prefix: Memory | None = None,
     keep: bool = False,
     offsets: LayerOffsets | None = None,
 ) -> tuple[Tensor, Memory | None]:
-    """Run the (B, T, E) embeddings of a batch behind its ``past``, or a shared prefix once where that pays; ``prefix``
-    is the KV cache of the shared tokens, if they were run before. ``offsets`` are added to the inputs of layers.
-    Returns (N, V) float32 logits, row by row; and the KV cache, if asked for (``keep``; then no prefix is shared).
+    """Run the (B, T, E) embeddings of a batch after its ``past``, or a shared prefix once where that pays; ``offsets``
+    are added to the inputs of layers. Returns (N, V) float32 logits, row by row; and the KV cache, if it is to be kept
+    (``keep``; then no prefix is shared).
     """
-    rows, shared, memory, mask, positions = len(batch.counts), 0, prefix, batch.mask, batch.positions
+    rows, shared, mask, positions, memory = len(batch.counts), 0, batch.mask, batch.positions, None
     if past is not None:
         memory = Memory.of(past.layers)
         mask, positions = _mask_with_past(past, mask), positions + past.tokens
-    elif prefix is not None:
-        shared = batch.shared_tokens
     elif not keep and shares_prefix(backbone, rows=rows, shared=batch.shared_tokens, longest=embeddings.shape[1]):
         shared = batch.shared_tokens
         memory = backbone.run_prefix(
@@ -258,7 +243,8 @@ def forward_packed(backbone: Backbone, examples: Sequence[Example], learned: Pro
     ``prefix`` are its keys and values, (L, 2, H, C, D), which are not copied for each row. Returns the logits at the
     scored positions, (N, V) float32, row by row.
     """
-    batch = _packed(collate(examples, learned), prefix.shape[3]).to(backbone.device)
+    batch, learned = _packed(collate(examples, learned), prefix.shape[3]), learned.to(backbone.device)
+    batch = batch.to(backbone.device)
     logits, _ = backbone.run(
         embed_inputs(backbone.embed(batch.token_ids), learned.vectors, batch),
         mask=batch.mask,

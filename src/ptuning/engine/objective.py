@@ -7,7 +7,6 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -464,43 +463,24 @@ def hits(items: Sequence[ScoringRequest], scored: ContinuationScores) -> list[fl
     return [float(guess in item.distinguishable) for guess, item in zip(guesses, items, strict=True)]
 
 
-logger = logging.getLogger(__name__)
-
-
-class Truncation(NamedTuple):
-    """Whether a field of an item was cut, and how many turns of its conversation are left out."""
-
-    cut: bool
-    turns: int
-
-
-def truncation_of(item: ScoringRequest) -> Truncation:
-    """Return what of an item the model does not see."""
-    cut = any(one.shortened and not one.turns_left_out for one in item.inputs)
-    return Truncation(cut, max(one.turns_left_out for one in item.inputs))
-
-
-def warn_truncated(found: Sequence[Truncation], name: str, most: int) -> None:
-    """Warn about text of items that the model, which reads ``most`` tokens, does not see; once for each data."""
-    left_out = [one.turns for one in found if one.turns]
-    _warn_truncated(sum(one.cut for one in found), len(found), len(left_out), sum(left_out), name, most)
+def warn_truncated(parts: Iterable[list[ScoringRequest]], name: str, max_length: int) -> Iterator[list[ScoringRequest]]:
+    """Yield requests, and log at the end what of them was truncated to ``max_length`` tokens, once for each data."""
+    cut, turns, rows = 0, list[int](), 0
+    for part in parts:
+        for request in part:
+            rows += 1
+            cut += any(example.shortened and not example.turns_left_out for example in request.inputs)
+            turns.append(max(example.turns_left_out for example in request.inputs))
+        yield part
+        del part  # while the next one is made
+    _warn_truncated(cut, rows, sum(map(bool, turns)), sum(turns), name, max_length)
 
 
 @functools.lru_cache(maxsize=1024)
-def _warn_truncated(cut: int, rows: int, answers: int, turns: int, name: str, most: int) -> None:
+def _warn_truncated(cut: int, rows: int, answers: int, turns: int, name: str, max_length: int) -> None:
     if cut:
         text = "%d of %d rows of %s are longer than %d tokens (max_length, or what the model reads); fields were cut"
-        logger.warning(text, cut, rows, name, most)
+        logger.warning(text, cut, rows, name, max_length)
     if turns:
         text = "too much is said in front of %d answers of %s: the oldest turns are left out, %d in all"
         logger.warning(text, answers, name, turns)
-
-
-def warn_truncated_parts(parts: Iterable[list[ScoringRequest]], name: str, most: int) -> Iterator[list[ScoringRequest]]:
-    """Yield parts of items, and say at the end what of them was shortened (:func:`warn_truncated`)."""
-    found: list[Truncation] = []
-    for part in parts:
-        found += map(truncation_of, part)
-        yield part
-        del part  # while the next one is made
-    warn_truncated(found, name, most)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import collate
-from ptuning.engine.forward import MIN_SAVED_TOKENS, ForwardOutput, forward_batch
+from ptuning.engine.forward import MIN_SAVED_TOKENS, ForwardOutput, keys_and_values
 from ptuning.engine.prefix_cache import cacheable_ids, drop_prefix, free_bytes
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PTuningError
@@ -99,6 +98,23 @@ class ModelRow:
         slots = tuple(position for position in self.example.slot_positions if position < tokens)
         example = Example(self.example.token_ids[:tokens], slots, (tokens - 1,), (), 0, begun=self.example.begun)
         return example, self.prompt.learned.parts(len(slots))[0]
+
+
+def rest_of(rows: Sequence[ModelRow], lengths: Sequence[int]) -> tuple[list[Example], PromptBatch]:
+    """Return rows after prefixes of these lengths, and the learned parameters for them."""
+    number: dict[tuple[PreparedPrompt, int, bool], int] = {}
+    parts: list[PromptBatch] = []
+    owners = []
+    examples = []
+    for row, length in zip(rows, lengths, strict=True):
+        example, part = row.rest(length)
+        examples.append(example)
+        key = (row.prompt, len(part.vectors), part.has_blocks)
+        if key not in number:
+            number[key] = len(parts)
+            parts.append(part)
+        owners.append(number[key])
+    return examples, PromptBatch.join(parts, rows=owners)
 
 
 class PrefixStore:
@@ -207,9 +223,6 @@ class PrefixStore:
             return part
         self.tokens_read += size
         example, learned = row.prefix(size)
-        learned = learned.to(self._backbone.device)
-        memory = forward_batch(self._backbone, collate([example], learned), learned, keep=True).memory
-        assert memory is not None
-        part = torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0]  # (L, 2, H, C, D)
+        part = keys_and_values(self._backbone, example, learned)
         self._put(key, part)
         return part

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ from ptuning.engine.forward import (
 )
 from ptuning.engine.memory import in_parts
 from ptuning.engine.objective import ScoringRequest, class_scores, score_continuations
-from ptuning.engine.prefix_store import ModelRow, PrefixStore, PreparedPrompt
-from ptuning.engine.soft_prompt import PromptBatch
+from ptuning.engine.prefix_store import ModelRow, PrefixStore, PreparedPrompt, rest_of
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.records import Record
 from ptuning.template.encode import Example
@@ -151,11 +150,6 @@ class Generation(Work):
         return self.sequences[0]
 
 
-def is_streamable(work: Work) -> bool:
-    """Whether the answer grows text by text: of one sequence, without beams."""
-    return isinstance(work, Generation) and len(work.sequences) == 1 and not isinstance(work.sequence, BeamSequence)
-
-
 def generation_work(
     backbone: Backbone,
     prompt: PreparedPrompt,
@@ -231,7 +225,7 @@ class Runner:
             if not isinstance(group[0], Generation):
                 self.begin(group)
                 continue
-            generations = [work for work in group if isinstance(work, Generation)]
+            generations = cast("Sequence[Generation]", group)
             for chosen in batches([[work.rows[0].example] * work.lanes for work in generations]):
                 part = [generations[index] for index in chosen]
                 lengths = [work.lanes * work.tokens for work in part]
@@ -247,18 +241,16 @@ class Runner:
         """Run work of one kind: to its end, or up to the first token of what is decoded. If it raises, no answer is
         begun.
         """
-        first = works[0]
-        if isinstance(first, Generation):
-            self._prefill([work for work in works if isinstance(work, Generation)])
+        if isinstance(works[0], Generation):
+            self._prefill(cast("Sequence[Generation]", works))
             return
-        if isinstance(first, Scoring):
-            self._score([work for work in works if isinstance(work, Scoring)])
-        elif isinstance(first, MaskFilling):
-            self._fill_masks([work for work in works if isinstance(work, MaskFilling)])
+        if isinstance(works[0], Scoring):
+            self._score(cast("Sequence[Scoring]", works))
+        elif isinstance(works[0], MaskFilling):
+            self._fill_masks(cast("Sequence[MaskFilling]", works))
         else:
-            for work in works:
-                assert isinstance(work, TextScoring)
-                self._score_text(work)
+            for text in cast("Sequence[TextScoring]", works):
+                self._score_text(text)
         for work in works:
             work.is_done = True
         self._count(works)
@@ -271,8 +263,7 @@ class Runner:
     def _score(self, works: Sequence[Scoring]) -> None:
         """Score classes or candidates, in parts whose logits over the vocabulary fit into a pass."""
         if works[0].candidates and self.backbone.branches:
-            learned = joined([(work.rows[0].prompt, work.rows[0].prompt.learned) for work in works])
-            totals = tree_log_probs(self.backbone, [work.candidates for work in works], learned)
+            totals = tree_log_probs(self.backbone, [(work.candidates, work.rows[0].prompt) for work in works])
             for work, values in zip(works, totals, strict=True):
                 work.log_probs = values
             return
@@ -437,21 +428,6 @@ class Runner:
         self.running.clear()
         return works
 
-    def token_details(self, work: Generation, first: int = 0) -> tuple[Token, ...]:
-        """Return the tokens of an answer from one on, if its ``alternatives`` were asked for."""
-        sequence, decode = work.sequence, self.backbone.tokenizer.decode
-        if sequence.alternatives is None or isinstance(sequence, BeamSequence):
-            return ()
-        return tuple(
-            Token(
-                token,
-                decode([token]),
-                sequence.log_probs[at],
-                tuple((decode([other]), value) for other, value in sequence.likeliest[at]),
-            )
-            for at, token in enumerate(sequence.hypothesis.ids[first:], start=first)
-        )
-
     def logits(self, rows: Sequence[ModelRow]) -> tuple[Tensor, list[int]]:
         """Return the logits at the scored positions of rows, (N, V) float32, row by row; and how many tokens of each
         were cached.
@@ -530,7 +506,7 @@ class Runner:
         self, rows: Sequence[ModelRow], plan: BatchPlan, *, pad_side: Side = "right", keep: bool = False
     ) -> ForwardOutput:
         """Run rows of one side in one pass, each after its cached prefix."""
-        examples, learned = self._rest(rows, plan.cached)
+        examples, learned = rest_of(rows, plan.cached)
         prefixes = self.store.prefixes(rows, plan.cached)
         self.passes += 1
         wants = self.store.wants(rows)
@@ -541,17 +517,11 @@ class Runner:
         return output if keep else replace(output, memory=None)
 
     def _forward_packed(self, rows: Sequence[ModelRow], plan: BatchPlan) -> Tensor:
-        examples, learned = self._rest(rows, plan.cached)
+        examples, learned = rest_of(rows, plan.cached)
         (prefix,) = self.store.prefixes(rows[:1], plan.cached[:1])
         assert prefix is not None
         self.passes += 1
         return forward_packed(self.backbone, examples, learned, prefix)
-
-    def _rest(self, rows: Sequence[ModelRow], cached: Sequence[int]) -> tuple[list[Example], PromptBatch]:
-        """Return rows after their cached prefixes, and the learned parameters for them."""
-        left = [row.rest(size) for row, size in zip(rows, cached, strict=True)]
-        learned = joined([(row.prompt, own) for row, (_, own) in zip(rows, left, strict=True)])
-        return [example for example, _ in left], learned.to(self.backbone.device)
 
 
 @dataclass(frozen=True)
@@ -571,20 +541,6 @@ def by_kind(works: Sequence[Work]) -> list[list[Work]]:
     for work in works:
         kinds.setdefault(work.kind, []).append(work)
     return list(kinds.values())
-
-
-def joined(rows: Sequence[tuple[PreparedPrompt, PromptBatch]]) -> PromptBatch:
-    """Return the learned parameters of rows as one batch; each has its prompt and the part of it that it needs."""
-    number: dict[tuple[PreparedPrompt, int, bool], int] = {}
-    parts: list[PromptBatch] = []
-    owners = []
-    for prompt, part in rows:
-        key = (prompt, len(part.vectors), part.has_blocks)
-        if key not in number:
-            number[key] = len(parts)
-            parts.append(part)
-        owners.append(number[key])
-    return PromptBatch.join(parts, rows=owners)
 
 
 class _Unit(NamedTuple):

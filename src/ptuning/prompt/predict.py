@@ -16,7 +16,6 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.engine import objective
 from ptuning.engine.batch import batches
 from ptuning.engine.forward import shared_prefix_tokens
-from ptuning.engine.objective import truncation_of, warn_truncated
 from ptuning.engine.prefix_store import ModelRow
 from ptuning.engine.runner import Generation, Runner, Scoring, Work
 from ptuning.errors import BackboneError, ConfigError, PromptError
@@ -82,19 +81,15 @@ class PromptModel:
             waiting, choices = dict[int, Work](), 0
             for prompt, indices in groups.items():
                 own, left = Questions((questions[at] for at in indices), name=questions.name), iter(indices)
-                truncations = []
                 for part in model.preprocessor.works(prompt, own, how):
                     for work, index in zip(part, left, strict=False):
                         waiting[index] = work
                         if isinstance(work, Scoring):
                             choices += len(work.request.choices)
-                            truncations += [] if work.candidates else [truncation_of(work.request)]
                     del part, work  # while the next one is made
                     if choices >= objective.TEXTS_AT_ONCE // 2:
                         results |= model._completed(waiting, result)
                         choices = 0
-                if truncations:
-                    warn_truncated(truncations, own.name, model.preprocessor.prepared(prompt).bound.max_length)
             results |= model._completed(waiting, result)
         return [results[index] for index in range(len(questions))]
 

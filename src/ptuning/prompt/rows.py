@@ -12,7 +12,7 @@ from ptuning.config import GenerationSettings
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
 from ptuning.engine.decoding import StopCriteria
-from ptuning.engine.objective import candidate_request, request_parts
+from ptuning.engine.objective import candidate_request, request_parts, warn_truncated
 from ptuning.engine.prefix_store import PROBES, ModelRow, PreparedPrompt
 from ptuning.engine.runner import Generation, MaskFilling, Scoring, TextScoring, Work, decoding_work, generation_work
 from ptuning.engine.soft_prompt import PromptBatch
@@ -143,7 +143,8 @@ class Preprocessor:
                 yield [Scoring.of(request, prepared, how.candidates, examples)]
         elif answers.is_closed:
             left = iter(questions)
-            for part in request_parts(bound, questions, answers, labelled=False):
+            parts = request_parts(bound, questions, answers, labelled=False)
+            for part in warn_truncated(parts, questions.name, bound.max_length):
                 yield [
                     Scoring.of(request, prepared, answers.names(question))
                     for request, question in zip(part, left, strict=False)

@@ -15,9 +15,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import batches
-from ptuning.engine.evaluate import Evaluation, evaluate, evaluate_parts
+from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.forward import shared_prefix_tokens, target_logits
-from ptuning.engine.objective import ScoringRequest, inputs_of, request_parts, target_requests, warn_truncated_parts
+from ptuning.engine.objective import ScoringRequest, inputs_of, request_parts, target_requests, warn_truncated
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError, RecordError
 from ptuning.files import Json
@@ -74,7 +74,7 @@ def answer_records(
     if not all(row.right for row in questions):  # read without targets
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_requests(bound, data, with_stop=False)
-    found = evaluate(model.backbone, items, learned, report=report, note=data.name)
+    found = evaluate(model.backbone, [items], learned, report=report, note=data.name)
     found = of_any_reference(model.backbone, bound, data, learned, found, written=[one.text for one in written])
     return [
         Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
@@ -136,7 +136,7 @@ def of_any_reference(
     if not others:
         return found
     rows = Records([record for _, record in others], name=records.name)
-    scored = evaluate(backbone, target_requests(bound, rows, with_stop=False), learned)
+    scored = evaluate(backbone, [target_requests(bound, rows, with_stop=False)], learned)
     hit = {at for (at, _), one in zip(others, scored.hits, strict=True) if one}
     known = {at for (at, _), one in zip(others, scored.known, strict=True) if one}
     return replace(
@@ -318,9 +318,9 @@ def score_prompt(
     require_targets(questions.records)
     model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
-    parts = warn_truncated_parts(request_parts(bound, questions, answers), questions.name, bound.max_length)
+    parts = warn_truncated(request_parts(bound, questions, answers), questions.name, bound.max_length)
     learned, total = prompt.learned(model.backbone), len(questions)
-    found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
+    found = evaluate(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     records, said = questions.records, guessed(prompt, questions, found)
     own = prompt.task.answer_metrics if prompt.task is not None else ()
     if not said and (own or (with_rows and candidates is None)):

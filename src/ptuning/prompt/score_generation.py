@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
-from ptuning.engine.evaluate import evaluate_parts
-from ptuning.engine.objective import request_parts, warn_truncated_parts
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.objective import request_parts, warn_truncated
 from ptuning.engine.prefix_store import PreparedPrompt
 from ptuning.engine.runner import generate
 from ptuning.engine.soft_prompt import PromptBatch
@@ -82,11 +82,11 @@ def score_generation(
     records = questions.records
     model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
-    parts = warn_truncated_parts(
+    parts = warn_truncated(
         request_parts(bound, questions, prompt.answer_space, cut=True), questions.name, bound.max_length
     )
     learned, total = prompt.learned(model.backbone), len(questions)
-    found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
+    found = evaluate(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     written = [
         one for part in generate_parts(model, questions, prompt, settings=settings, report=report) for one in part
     ]

@@ -160,7 +160,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
         tried = [item for items in (longest_step, *steps, scored) for item in items]
         cached = _fill_cache(learner, tried, [*train, *dev])
         epoch = _time_steps(learner, longest_step, steps, tell) * _tokens(train)
-        dev_seconds = timed(lambda: evaluate(learner.backbone, scored, learner.learned(), cache=learner.cache))
+        dev_seconds = timed(lambda: evaluate(learner.backbone, [scored], learner.learned(), cache=learner.cache))
         dev_seconds *= _tokens(dev) / _tokens(scored)
         tell("development part")
         # Texts for which the cache has no room are computed once for each row.

@@ -21,7 +21,7 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.data.sources import Source
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import ScoringRequest, build_requests, truncate_target, truncation_of, warn_truncated
+from ptuning.engine.objective import ScoringRequest, build_requests, truncate_target, warn_truncated
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.engine.processes import processes
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
@@ -147,7 +147,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if not answers.is_closed and backbone.kind not in FILLS_MASKS:
         items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
-        warn_truncated([truncation_of(item) for item in made], parts[name].name, bound.max_length)
+        list(warn_truncated([made], parts[name].name, bound.max_length))
     left_out = spec.checked.left_out if spec.checked is not None else ()
     merge, method = merges(spec.alias_label), spec.method or method_name(template, config.train_backbone)
     return Prepared(

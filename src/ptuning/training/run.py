@@ -357,7 +357,7 @@ class TrainingRun:
         if learner.ranks.writes or learner.frozen.shards is not None:  # a sharded model runs in all processes
             dev = self.prepared.parts["dev"]
             learned = PromptBatch.of(best.best_vectors, best.best_deep)
-            evaluation = evaluate(learner.backbone, self.items["dev"], learned, cache=learner.cache)
+            evaluation = evaluate(learner.backbone, [self.items["dev"]], learned, cache=learner.cache)
             # Labels and choices were chosen by scoring them. Other answers must be generated.
             predictions = guessed(prompt, dev, evaluation) or PromptModel(learner.backbone).predict(dev, prompt)
             if learner.ranks.writes:

@@ -208,7 +208,7 @@ class Trainer:
     ) -> Evaluation:
         """Score items with the slot vectors as they are now."""
         learner = self.learner
-        return evaluate(learner.backbone, items, learner.learned(), cache=learner.cache, report=report, note=note)
+        return evaluate(learner.backbone, [items], learner.learned(), cache=learner.cache, report=report, note=note)
 
     def _evaluated(
         self, dev: Sequence[ScoringRequest], report: OnProgress, *, note: str, epoch: int

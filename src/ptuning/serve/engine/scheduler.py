@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ptuning.engine.decoding import Token
-from ptuning.engine.runner import Generation, Runner, Scoring, TextScoring, Work, by_kind, is_streamable
+from ptuning.engine.runner import Generation, Runner, Scoring, TextScoring, Work, by_kind
 from ptuning.prompt.rows import Preprocessor, PromptRow, TextRow, check_finite, prediction_of
 from ptuning.serve.engine.job import CallRow, CancelledError, Job, Outcome, Row, Usage
 
@@ -185,11 +185,11 @@ class Scheduler:
     def _report(self, work: Work, queued: QueuedRow) -> None:
         """Report what is new of an answer, and all of it if it has ended."""
         row = queued.row
-        streams = isinstance(row, PromptRow | TextRow) and row.how.pieces and is_streamable(work)
-        if streams and isinstance(work, Generation) and work.error is None:
-            tokens = self._runner.token_details(work, queued.tokens_sent)
-            queued.tokens_sent = len(work.sequence.hypothesis.ids)
-            queued.piece(work.sequence.piece(), tokens)
+        streams = isinstance(row, PromptRow | TextRow) and row.how.pieces
+        if streams and isinstance(work, Generation) and work.lanes == 1 and work.error is None:
+            sequence, sent = work.sequence, queued.tokens_sent
+            queued.tokens_sent = len(sequence.hypothesis.ids)
+            queued.piece(sequence.piece(), sequence.tokens(sent))
         if work.error is not None or work.is_done:
             self._running.pop(work, None)
             try:
@@ -209,9 +209,9 @@ class Scheduler:
         else:
             check_finite(candidate.log_prob for candidate in prediction.candidates)
             usage = replace(usage, completion_tokens=prediction.tokens or 0)
-        if isinstance(work, Generation) and is_streamable(work):
+        if isinstance(work, Generation) and work.lanes == 1:
             usage = replace(usage, completion_tokens=len(work.sequence.hypothesis.ids))
-            tokens = self._runner.token_details(work)
+            tokens = work.sequence.tokens()
         return Outcome(prediction, usage, "length" if prediction.stopped == "length" else "stop", tokens)
 
     def _take(self, take: Callable[[], QueuedRow | None]) -> list[QueuedRow]:
