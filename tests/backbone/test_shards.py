@@ -21,7 +21,7 @@ from ptuning.files import write_json_lines
 from ptuning.prompt.prompt import Prompt
 from ptuning.training.run import train
 from tests.backbone.spread import FAST, learned, logits
-from tests.cli.test_app import call
+from tests.cli.calls import call
 from tests.conftest import RECORDS, WARM
 from tests.families import model_of, tokenizer_of
 from tests.processes import forked, launched

@@ -1,4 +1,4 @@
-"""What the tests of commands share: an empty folder to work in, and tiny backbones."""
+"""Fixtures of the tests of commands: an empty folder to work in, tiny backbones, and prompts that are trained once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import FAMILIES
+from tests.cli.calls import FACTS, QUICK, WARM, works, write_lines
+from tests.conftest import FAMILIES, make_model
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
@@ -36,10 +37,10 @@ def _load(model_folder: Callable[[str], Path]) -> Callable[..., Backbone]:
     def load(*name: str | Path, **options: Any) -> Backbone:
         if not tiny & {*map(str, name)}:
             return real(*name, **options)
-        asked = repr((name, sorted(options.items())))
-        if asked not in kept:
-            kept[asked] = real(*name, **options)
-        return copy.deepcopy(kept[asked])
+        key = repr((name, sorted(options.items())))
+        if key not in kept:
+            kept[key] = real(*name, **options)
+        return copy.deepcopy(kept[key])
 
     return load
 
@@ -49,11 +50,42 @@ def _loaded_once(_load: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ptuning.backbone.loading.load_backbone", _load)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def llama(model_folder: Callable[[str], Path]) -> str:
     return str(model_folder("llama"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bert(model_folder: Callable[[str], Path]) -> str:
     return str(model_folder("bert"))
+
+
+@pytest.fixture(scope="session")
+def other_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A backbone of the same width with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "llama"
+    make_model("llama", folder, seed=7)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with facts."""
+    folder = tmp_path_factory.mktemp("data")
+    write_lines(folder / "train.jsonl", [{"x": x, "y": y} for x, y in FACTS])
+    write_lines(folder / "dev.jsonl", [{"x": x, "y": y} for x, y in FACTS[:4]])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(llama: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that no test changes."""
+    out = tmp_path_factory.mktemp("runs") / "facts"
+    works("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", out, *QUICK)
+    return out
+
+
+@pytest.fixture
+def training(llama: str, data: Path) -> tuple[object, ...]:
+    """The command line of that run, without its folder."""
+    return ("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, *QUICK)

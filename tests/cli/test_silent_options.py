@@ -12,7 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
 from ptuning.training.run import train
-from tests.cli.test_app import QUICK, fails, works, write_lines
+from tests.cli.calls import QUICK, fails, works, write_lines
 
 ROWS = [{"x": f"city {at}", "y": ("yes", "no")[at % 2]} for at in range(6)]
 SLOTS, DEEP, MANUAL = "[P*2] [X] is [Y]", "[D*2] [X] is [Y]", "[X] is [Y]"

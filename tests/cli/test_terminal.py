@@ -1,4 +1,4 @@
-"""What is shown on a terminal: progress, messages as they are, and commands that work where they are read."""
+"""Printing on a terminal: progress, messages as they are, and commands that work where they are read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Screen(io.StringIO):
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
-    found = Screen()
-    console = terminal._Console(file=found, force_terminal=True, width=80, emoji=False, color_system=None)
-    monkeypatch.setattr(terminal, "_errors", lambda: console)
-    return found
+    made = Screen()
+    console = terminal._Console(file=made, force_terminal=True, width=80, emoji=False, color_system=None)
+    monkeypatch.setattr(terminal, "errors", lambda: console)
+    return made
 
 
 def test_a_terminal_shows_bars_and_a_line_per_epoch(screen: Screen) -> None:
@@ -39,63 +39,16 @@ def test_a_terminal_shows_bars_and_a_line_per_epoch(screen: Screen) -> None:
         time.sleep(0.15)
         report(Progress("epoch", 1, 2, "train loss 3.1, dev loss [3.0], dev score 0.5"))
         report(Progress("dev", 5, 5, "epoch 2"))
+        report(Progress("suite", 6, 12, "P36 p-tuning", seconds_left=180.0))
+        time.sleep(0.15)
     shown = screen.getvalue()
-    assert "working" in shown
-    assert "training" in shown
-    assert "16/64" in shown
-    assert "epoch 1/2, loss 3.25" in shown
+    for text in ("working", "training", "16/64", "epoch 1/2, loss 3.25", "comparing", "about 3 min left"):
+        assert text in shown
     assert "epoch 1/2: train loss 3.1, dev loss [3.0], dev score 0.5\n" in shown.replace("\r", "")
     assert "scoring" not in shown  # a stage that is over at once has no bar
 
 
-def test_the_clock_says_how_long_it_takes() -> None:
-    """By the share of a training since this process began with it, and by what a comparison says of its cells."""
-    now = 100.0
-    clock = terminal.Clock(lambda: now)
-    now += 20
-    assert clock.text == "20 s so far"
-    clock(Progress("train", 100, 400, ""))  # resumed
-    clock(Progress("dev", 5, 10, ""))
-    assert clock.text == "20 s so far"
-    now += 60
-    clock(Progress("train", 200, 400, ""))
-    assert clock.text == "1 min so far, at most 2 min left"
-    clock(Progress("train", 400, 400, ""))
-    assert clock.text == "1 min so far"  # nothing is left, and "at most 0 s" says nothing
-    clock(Progress("suite", 1, 6, "P36 manual", seconds_left=0.0, untimed=5))
-    assert clock.left == "5 cells not timed yet"
-    clock(Progress("suite", 2, 6, "P36 p-tuning", seconds_left=240.0, untimed=1))
-    assert clock.left == "about 4 min left, 1 cell not timed yet"
-    clock(Progress("train", 300, 400, ""))  # of one of its cells
-    assert clock.left == "about 4 min left, 1 cell not timed yet"
-    clock(Progress("suite", 6, 6, "", seconds_left=0.0))
-    assert clock.left == ""
-
-
-def test_the_clock_of_a_training_that_starts_anew() -> None:
-    """What an attempt that was lost took says nothing of the next one's steps."""
-    now = 0.0
-    clock = terminal.Clock(lambda: now)
-    clock(Progress("train", 0, 400, ""))
-    now = 300.0
-    clock(Progress("train", 300, 400, ""))
-    clock(Progress("train", 10, 400, ""))  # anew
-    assert clock.left == ""
-    now = 330.0
-    clock(Progress("train", 40, 400, ""))
-    assert clock.left == "at most 6 min left"
-
-
-def test_a_comparisons_bar_has_its_time_left(screen: Screen) -> None:
-    """It said -:--:-- all the time: cells are too far apart for a speed."""
-    with terminal.bar() as report:
-        report(Progress("suite", 6, 12, "P36 p-tuning", seconds_left=180.0))
-        time.sleep(0.15)
-    assert "about 3 min left" in screen.getvalue()
-    assert "-:--:--" not in screen.getvalue().split("comparing")[1]
-
-
-def test_a_log_has_the_time_in_the_line_of_an_epoch() -> None:
+def test_a_log_has_a_line_per_epoch_with_the_time() -> None:
     err = io.StringIO()
     with contextlib.redirect_stderr(err), terminal.bar() as report:
         report(Progress("train", 10, 40, ""))
@@ -103,10 +56,18 @@ def test_a_log_has_the_time_in_the_line_of_an_epoch() -> None:
     assert err.getvalue() == "epoch 1/4: loss 3; 0 s so far\n"
 
 
-def test_messages_are_printed_as_they_are(screen: Screen) -> None:
-    text = "a [bold]template[/] :warning: " + " ".join(["[P*3] [X] [Y]"] * 12) + "\n  ^ column 1"
-    terminal.complain(text)
-    assert screen.getvalue() == f"error: {text}\n"
+def test_the_clock_says_how_long_a_comparison_takes() -> None:
+    now = 100.0
+    clock = terminal.Clock(lambda: now)
+    now += 3590
+    clock(Progress("train", 100, 400, ""))
+    assert clock.text == "1 h 00 min so far"
+    clock(Progress("suite", 1, 6, "P36 manual", seconds_left=0.0, untimed=5))
+    assert clock.left == "5 cells not timed yet"
+    clock(Progress("suite", 2, 6, "P36 p-tuning", seconds_left=240.0, untimed=1))
+    assert clock.left == "about 4 min left, 1 cell not timed yet"
+    clock(Progress("suite", 6, 6, "", seconds_left=0.0))
+    assert clock.left == ""
 
 
 EVIL = "a\x1b[2J\x1b]0;PWN\x07\x9b31m\r\u202eb\ud800"
@@ -117,8 +78,10 @@ def test_escapes_of_data_are_shown_and_not_obeyed(screen: Screen, monkeypatch: p
     """In messages, tables, headings, notes of a progress bar and JSON alike."""
     printed = terminal._Console(file=screen, width=200, emoji=False, highlight=False)
     monkeypatch.setattr(terminal, "results", lambda: printed)
+    text = "a [bold]template[/] :warning: " + " ".join(["[P*3] [X] [Y]"] * 12) + "\n  ^ column 1"
+    terminal.complain(text)
     terminal.complain(f"{EVIL}\nsecond line")
-    assert screen.getvalue() == f"error: {SHOWN}\nsecond line\n"
+    assert screen.getvalue() == f"error: {text}\nerror: {SHOWN}\nsecond line\n"
     terminal.line(EVIL)
     terminal.heading(EVIL)
     table = terminal.table(EVIL)
@@ -139,17 +102,11 @@ def test_json_escapes_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == '{"a": "\\u001b\\u007f\\u009b é"}\n'
 
 
-def test_waiting_is_shown_on_a_terminal_only(screen: Screen) -> None:
-    with terminal.waiting("loading something"):
-        time.sleep(0.15)
-    assert "loading something" in screen.getvalue()
-
-
 def test_warnings_come_as_messages() -> None:
     err = io.StringIO()
-    handler = terminal.LogHandler()
     with contextlib.redirect_stderr(err):
-        handler.emit(logging.LogRecord("ptuning.x", logging.WARNING, "f", 1, "dropped '%s'", ("[X]",), None))
+        record = logging.LogRecord("ptuning.x", logging.WARNING, "f", 1, "dropped '%s'", ("[X]",), None)
+        terminal.LogHandler().emit(record)
     assert err.getvalue() == "warning: dropped '[X]'\n"
 
 
@@ -163,19 +120,12 @@ def test_the_next_command_is_one_that_works_here(
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     where = {"own": str(folder / "ptuning"), "other": "/usr/bin/ptuning", None: None}[found]
     monkeypatch.setattr(shutil, "which", lambda _: where)
-    monkeypatch.chdir(tmp_path)
     assert terminal.program() == called.format(own="'an environment/ptuning'")
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert terminal.program() == called.format(own=f"'{folder}/ptuning'")
+    Path.cwd().rmdir()  # a working folder that is gone
+    assert terminal.program() == called.format(own=f"'{folder}/ptuning'")
     (folder / "ptuning").unlink()
     if found != "own":
         assert terminal.program() == f"'{folder}/python' -m ptuning"
-
-
-def test_a_program_is_named_where_the_working_folder_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert terminal.program()

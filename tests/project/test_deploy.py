@@ -26,7 +26,7 @@ from ptuning.serve.http.metrics import Metrics
 from ptuning.serve.http.middleware import ADMIN
 from ptuning.serve.http.service import Settings
 from ptuning.serve.registry import Registry
-from tests.cli.test_app import commands_of
+from tests.cli.calls import commands_of
 from tests.conftest import ROOT, learned
 from tests.serve.conftest import FakeEngine, registry_of
 

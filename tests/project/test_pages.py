@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ptuning
 from ptuning.backbone import sources
 from ptuning.backbone.loading import load_backbone, load_tokenizer
-from tests.cli.test_app import call
+from tests.cli.calls import call
 from tests.conftest import ROOT
 
 PAGES = ("README.md", "docs/messages.md", "docs/facts.md", "docs/table.md")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import GenerationSettings
+from ptuning.data.questions import as_questions
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
@@ -18,7 +21,9 @@ from ptuning.prompt import score as answers
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.rows import Answering
 from ptuning.prompt.score import answer_records, token_ids_of
+from ptuning.prompt.score_generation import answers_identity
 from ptuning.records import Records
 from ptuning.template.encode import Example
 from tests.conftest import bound, learned, plain_logits, spoken
@@ -237,3 +242,20 @@ def test_right_answers_may_be_the_same_tokens() -> None:
     found[1] = Candidate("us", -1.0000001, ("US",))
     assert answers.among_candidates(("US",), found) == Answer("us", False, 2, -1.0000001, known=False)
     assert answers.among_candidates(("UK",), [Candidate("UK", -1.0, None)]) == Answer("UK", False, 0, -1.0, known=False)
+
+
+def test_answers_of_one_run_have_one_identity(make_backbone: Callable[[str], Backbone]) -> None:
+    """Prompt, slots, settings, data and model are part of it."""
+    llama, rows = make_backbone("llama"), as_questions([{"x": "a"}])
+    prompts = [Prompt.from_token_ids("[D*2] [X] is [Y]", ids, llama) for ids in ([5, 6], [5, 7], [5, 6])]
+    first = answers_identity(prompts[0], rows, Answering(), llama)
+    assert first == answers_identity(prompts[2], rows, Answering(), llama)
+    json.dumps(first)
+    others = [
+        answers_identity(prompts[1], rows, Answering(), llama),
+        answers_identity(prompts[0], as_questions([{"x": "b"}]), Answering(), llama),
+        answers_identity(prompts[0], rows, Answering(), make_backbone("gpt2")),
+        answers_identity(prompts[0], rows, Answering(generation=GenerationSettings(num_beams=2)), llama),
+        answers_identity(prompts[0], rows, Answering(candidates=["a"]), llama),
+    ]
+    assert first not in others

@@ -1,4 +1,4 @@
-"""What commands share: options, reading inputs, printing, signals. It must not compute: the rooms below do the work.
+"""What commands share: options, reading inputs, printing, signals. It computes nothing itself.
 
-Read first: ``app``, ``options``, ``inputs``, ``terminal``, then a command of the room below.
+Read first: ``app``, ``options``, ``inputs``, ``terminal``, then a command.
 """

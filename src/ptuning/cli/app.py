@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -17,20 +17,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ptuning.cli import terminal
-from ptuning.cli.commands import (
-    compare,
-    data,
-    demo,
-    doctor,
-    exchange,
-    fleet,
-    predict,
-    prompts,
-    serve,
-    tasks,
-    train,
-)
-from ptuning.cli.options import Command
+from ptuning.cli.commands import compare, data, demo, doctor, exchange, fleet, predict, prompts, serve, tasks, train
 from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.provenance import VERSION, versions
@@ -38,35 +25,41 @@ from ptuning.records import check_text
 
 # The number of the signal that ends a program whose output nobody reads on, as in "| head"; Windows has no name for it.
 SIGPIPE = 13
-
-
-class _Program(TyperGroup):
-    """Ends at Ctrl-C with a message and no traceback, and where nobody reads on without one. Training stops in
-    :func:`ptuning.cli.signals.stoppable`.
-    """
-
-    def make_context(self, *args: Any, **more: Any) -> Any:
-        """Read the options; ``--help`` and completion print here."""
-        with _ended():
-            return super().make_context(*args, **more)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        with _ended():
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _ended() -> Iterator[None]:
-    """End with the exit code of a signal what Ctrl-C stops, or what prints to a reader that went away."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        terminal.stopped("stopped", None, "")
-        raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
-    except BrokenPipeError:
-        _drop(sys.stdout, sys.stderr)
-        raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
+# What transformers imports if it is installed, and logs about kernels that the machine does not have.
+NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 some cells of a comparison, prompts of a fleet or checks of doctor failed; 2 error; "
+    "130 stopped by Ctrl-C, 143 by SIGTERM (the same command continues)."
+)
+LEARN, COMPARE, LOOK = "Learn a prompt and use it", "Compare methods", "Look first"
+# Section of --help -> its commands, in order. Two words are a command of a group.
+COMMANDS: Mapping[str, Mapping[str, Callable[..., None]]] = {
+    LEARN: {
+        "train": train.train,
+        "eval": prompts.evaluate,
+        "predict": predict.predict,
+        "serve": serve.serve,
+        "inspect": prompts.inspect,
+        "export": exchange.export,
+        "import": exchange.import_prompt,
+        "fleet": fleet.fleet,
+        "demo": demo.demo,
+    },
+    COMPARE: {"compare": compare.compare, "report": compare.report},
+    LOOK: {
+        "data": data.data,
+        "backbones": data.backbones,
+        "doctor": doctor.doctor,
+        "template show": data.show_template,
+        "task list": tasks.list_tasks,
+        "task show": tasks.show_task,
+        "task check": tasks.check_task,
+    },
+}
+GROUPS: Mapping[str, str] = {
+    "template": "Look at how a template is filled.",
+    "task": "Look at the shipped tasks, and check a task file.",
+}
 
 
 def main() -> None:
@@ -90,13 +83,41 @@ def _run() -> None:
     except PTuningError as error:
         _fail(str(error), error)
     except KeyboardInterrupt:
-        terminal.stopped("stopped", None, "")
+        terminal.say("stopped; nothing was written")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
         raise
     except OSError as error:
         _drop(sys.stdout)
         _fail(f"{error}; check the path, permissions and free disk space", error)
+
+
+class _Program(TyperGroup):
+    """Ends at Ctrl-C with a message and no traceback, and without one where nobody reads on. Training stops in
+    :func:`ptuning.cli.signals.stoppable`.
+    """
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """Read the options; ``--help`` and completion print here."""
+        with _ended():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _ended():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _ended() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.say("stopped; nothing was written")
+        raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
+    except BrokenPipeError:
+        _drop(sys.stdout, sys.stderr)
+        raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
 
 
 def _prepare_streams() -> None:
@@ -108,20 +129,19 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end of the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if _rank():  # the first of several processes speaks for all
+    if _rank():  # the first of several processes prints for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _raise_broken_pipe(_: Console) -> NoReturn:
-    """Leave it to :func:`main` how the program ends when nobody reads on; rich would end it with code 1."""
+    """Leave the exit code to :func:`main` when nobody reads on; rich would end with code 1."""
     raise BrokenPipeError
 
 
 def _rank() -> int:
     """Return the number of this process among those that a launcher started for one command."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    told = os.environ.get("RANK", "0")
-    return int(told) if several and told.isdecimal() else 0
+    several, rank = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("RANK", "0")
+    return int(rank) if several and rank.isdecimal() else 0
 
 
 def _drop(*streams: TextIO) -> None:
@@ -150,62 +170,9 @@ def common(
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     if version:
-        found = versions() if verbose else {"ptuning": VERSION}
-        typer.echo("\n".join(f"{name} {number}" for name, number in found.items()))
+        listed = versions() if verbose else {"ptuning": VERSION}
+        typer.echo("\n".join(f"{name} {number}" for name, number in listed.items()))
         raise typer.Exit
-
-
-# What transformers imports if it is installed, and says of kernels that the machine does not have.
-NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
-EXIT_CODES = (
-    "Exit codes: 0 success; 1 some cells of a comparison, prompts of a fleet or checks of doctor failed; 2 error; "
-    "130 stopped by Ctrl-C, 143 by SIGTERM (the same command continues)."
-)
-# Every command, in the order of --help. Two words are a command of a group.
-COMMANDS: Mapping[str, Callable[..., None]] = {
-    "train": train.train,
-    "eval": prompts.evaluate,
-    "predict": predict.predict,
-    "serve": serve.serve,
-    "inspect": prompts.inspect,
-    "export": exchange.export,
-    "import": exchange.import_prompt,
-    "data": data.data,
-    "backbones": data.backbones,
-    "doctor": doctor.doctor,
-    "demo": demo.demo,
-    "fleet": fleet.fleet,
-    "compare": compare.compare,
-    "report": compare.report,
-    "template show": data.show_template,
-    "task list": tasks.list_tasks,
-    "task show": tasks.show_task,
-    "task check": tasks.check_task,
-}
-# The titles under which --help lists them.
-TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": (
-        "train",
-        "eval",
-        "predict",
-        "serve",
-        "inspect",
-        "export",
-        "import",
-        "fleet",
-        "demo",
-    ),
-    "Compare methods": ("compare", "report"),
-    "Look first": ("data", "backbones", "doctor", "template", "task"),
-}
-GROUPS: Mapping[str, str] = {
-    "template": "Look at how a template is filled.",
-    "task": "Look at the shipped tasks, and check a task file.",
-}
-
-
-def _panel(name: str) -> str | None:
-    return next((title for title, names in TITLES.items() if name in names), None)
 
 
 @cache
@@ -224,9 +191,9 @@ def program() -> Any:
     groups = {"": app}
     for name, about in GROUPS.items():
         groups[name] = typer.Typer(help=about, no_args_is_help=True)
-        app.add_typer(groups[name], name=name, rich_help_panel=_panel(name))
-    for words, command in COMMANDS.items():
-        group, _, name = words.rpartition(" ")
-        panel = None if group else _panel(name)
-        groups[group].command(name=name, cls=Command, rich_help_panel=panel)(command)
+        app.add_typer(groups[name], name=name, rich_help_panel=LOOK)
+    for title, commands in COMMANDS.items():
+        for words, command in commands.items():
+            group, _, name = words.rpartition(" ")
+            groups[group].command(name=name, rich_help_panel=None if group else title)(command)
     return typer.main.get_command(app)

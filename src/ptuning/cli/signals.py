@@ -31,31 +31,30 @@ def stoppable(
     """
     from ptuning.progress import Interrupted
 
-    asked: list[int] = []
+    received: list[int] = []
     # A thread prints this, because the signal may come while the progress bar is drawn.
-    word = Thread(target=terminal.say, args=("stopping after this step; once more to stop at once",))
+    notice = Thread(target=terminal.say, args=("stopping after this step; once more to stop at once",))
 
     def note(number: int, _: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
+        received.append(number)
+        if len(received) > 1:
             raise KeyboardInterrupt
-        word.start()
+        notice.start()
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with terminal.bar() as report:
-            yield report, lambda: bool(asked)
+            yield report, lambda: bool(received)
     except (Interrupted, KeyboardInterrupt) as error:
-        if word.ident is not None:
-            word.join()
-        # --overwrite would start anew.
-        words = [word for word in sys.argv[1:] if word != "--overwrite"]
+        if notice.ident is not None:
+            notice.join()
+        words = [word for word in sys.argv[1:] if word != "--overwrite"]  # which would start again
         words += [again] if again and again not in words else []
-        command = f"{terminal.program()} {shlex.join(words)}"
         places = [kept] if kept is not None else [out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE)]
-        there = next((place for place in places if place.exists()), None)
-        terminal.stopped(str(error) or "stopped at once", there, command)
-        raise typer.Exit(SIGNAL_EXIT + asked[0]) from None
+        place = next((place for place in places if place.exists()), None)
+        kept_text = f"{place} is kept, continue with:\n  {terminal.program()} {shlex.join(words)}"
+        terminal.say(f"{str(error) or 'stopped at once'}; {kept_text if place else 'nothing was written'}")
+        raise typer.Exit(SIGNAL_EXIT + received[0]) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

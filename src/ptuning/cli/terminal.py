@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ptuning.progress import Progress
     from ptuning.statistics import Score
 
-# What the stages of a progress report are called on the screen.
+# Stage of a progress report -> its name on the screen.
 STAGES = {
     "suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering",
     "estimate": "trying out",
@@ -39,9 +39,29 @@ STAGES = {
 CONTROL = re.compile("[\x7f-\x9f]")
 
 
+class _Console(Console):
+    """Shows characters that a terminal would obey, such as escapes, instead of sending them: texts may be data's."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text as rich prints it; cells of tables are rendered here, too."""
+        return super().render_str(visible(text, lines=True), **options)
+
+
+@functools.cache
+def errors() -> Console:
+    """The console of the error stream: its messages are printed above a running progress bar."""
+    return _Console(stderr=True, emoji=False)
+
+
+@functools.cache
+def results() -> Console:
+    """The console of the standard output; a script that draws it may record what it prints."""
+    return _Console(highlight=False, emoji=False)
+
+
 def say(text: str) -> None:
     """Print a message that is no result. Its lines are not wrapped, so that paths, commands and carets stay whole."""
-    _errors().print(text, markup=False, highlight=False, soft_wrap=True)
+    errors().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def complain(text: str) -> None:
@@ -49,9 +69,28 @@ def complain(text: str) -> None:
     say(f"error: {text}")
 
 
-def stopped(what: str, kept: Path | None, command: str) -> None:
-    """Print that a signal ended the work, what is left of it, and with which command to go on."""
-    say(f"{what}; {kept} is kept, go on with:\n  {command}" if kept else f"{what}; nothing was written")
+def line(text: str) -> None:
+    """Print a line of a result that is not wrapped, so that a path or a command can be copied."""
+    results().print(text, markup=False, soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """Print a table's title. A title of the table's own would be wrapped at the table's width."""
+    results().print(text, markup=False, style="italic", soft_wrap=True)
+
+
+def table(*columns: str, numbers: bool = False) -> Table:
+    """Return an empty table; with ``numbers``, all columns but the first are aligned to the right."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="right" if numbers and number else "left")
+    return made
+
+
+def print_json(value: Json | Sequence[Mapping[str, Json]], *, indent: int | None = 2) -> None:
+    """Print a value as JSON, indented or on one line. Characters that a terminal would obey are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    typer.echo(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 class LogHandler(logging.Handler):
@@ -65,13 +104,13 @@ class LogHandler(logging.Handler):
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Show on a terminal that something of unknown length is going on."""
-    with _errors().status(escape(visible(text))):
+    with errors().status(escape(visible(text))):
         yield
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Show that a backbone is loaded; if it is converted first, which takes longer, say so."""
+    """Show that a backbone is loaded; if it is converted first, which takes longer, say that."""
     text = f"loading {name}"
     packed = sources.gguf_weights(name)
     if packed is not None and not sources.is_cached(packed):
@@ -82,45 +121,22 @@ def loading(name: str) -> Iterator[None]:
 
 
 class Clock:
-    """How long the work has taken, and how long it will: by the share of a training that is done, or by what a
-    comparison says.
-    """
+    """The time that the work has taken, and for a comparison the time left."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._began = now()
-        self._suite: Progress | None = None
-        self._first: Progress | None = None  # of the training, in this process
-        self._first_at = 0.0
-        self._last: Progress | None = None
+        self._now, self._began, self.left = now, now(), ""
 
     def __call__(self, progress: Progress) -> None:
         """Take note of a progress."""
         if progress.stage == "suite":
-            self._suite = progress
-        elif progress.stage == "train":
-            anew = self._last is not None and progress.done < self._last.done  # after a training that was lost
-            if self._first is None or anew or progress.total != self._first.total:
-                self._first, self._first_at = progress, self._now()
-            self._last = progress
+            known = f"about {duration(progress.seconds_left)} left" if progress.seconds_left else ""
+            untimed = f"{progress.untimed} cell{'s' * (progress.untimed > 1)} not timed yet" if progress.untimed else ""
+            self.left = ", ".join(filter(None, (known, untimed)))
 
     @property
     def text(self) -> str:
         """The time so far and the time left, as far as it is known."""
         return ", ".join(filter(None, (f"{duration(self._now() - self._began)} so far", self.left)))
-
-    @property
-    def left(self) -> str:
-        """The time left; empty if nothing is known."""
-        first, last, suite = self._first, self._last, self._suite
-        if suite is not None:
-            known = f"about {duration(suite.seconds_left)} left" if suite.seconds_left else ""
-            cells = f"{suite.untimed} cell{'s' if suite.untimed > 1 else ''} not timed yet" if suite.untimed else ""
-            return ", ".join(filter(None, (known, cells)))
-        if first is None or last is None or last.done in (first.done, last.total):
-            return ""
-        seconds = (self._now() - self._first_at) * (last.total - last.done) / (last.done - first.done)
-        return f"at most {duration(seconds)} left"  # a training may stop early
 
 
 @contextmanager
@@ -129,38 +145,24 @@ def bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    def say_epoch(progress: Progress, more: str = "") -> None:
-        if progress.stage == "epoch" and progress.done:
-            say(f"{progress.name} epoch {progress.done}/{progress.total}: {progress.note}{more}".lstrip())
-
-    console, clock = _errors(), Clock()
-    if not console.is_terminal:
-
-        def log(progress: Progress) -> None:
-            clock(progress)
-            say_epoch(progress, f"; {clock.text}")
-
-        yield log
-        return
-    fields = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("count", "note")]
+    clock = Clock()
 
     class Left(TimeRemainingColumn):
-        """The time left; that of cells, which are few and unlike each other, as the comparison says it."""
+        """The time left; that of cells, which are few and unlike each other, as the comparison gives it."""
 
         def render(self, task: Task) -> Text:
             return Text(clock.left) if task.description == STAGES["suite"] else super().render(task)
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), fields[0], Left())
-    with Bar(*columns, fields[1], console=console, transient=True) as live:
-        # Shown while no stage runs: before the first, between two, and while files are written.
-        idle = live.add_task("working", total=None, count="", note="")
-        tasks = {stage: live.add_task(name, visible=False, count="", note="") for stage, name in STAGES.items()}
+    count, note = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("count", "note"))
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), count, Left(), note)
+    live = Bar(*columns, console=errors(), transient=True, disable=not is_live())
+    # Shown while no stage runs: before the first, between two, and while files are written.
+    idle = live.add_task("working", total=None, count="", note="")
+    tasks = {stage: live.add_task(name, visible=False, count="", note="") for stage, name in STAGES.items()}
 
-        def report(progress: Progress) -> None:
-            if progress.stage == "epoch":
-                say_epoch(progress)
-                return
-            clock(progress)
+    def report(progress: Progress) -> None:
+        clock(progress)
+        if progress.stage != "epoch":
             live.update(
                 tasks[progress.stage],
                 completed=progress.done,
@@ -170,13 +172,34 @@ def bar() -> Iterator[Callable[[Progress], None]]:
                 note=visible(progress.note),
             )
             live.update(idle, visible=not any(task.visible for task in live.tasks if task.id != idle))
+        elif progress.done:
+            time_so_far = "" if is_live() else f"; {clock.text}"
+            say(f"{progress.name} epoch {progress.done}/{progress.total}: {progress.note}{time_so_far}".lstrip())
 
+    with live:
         yield report
 
 
 def is_live() -> bool:
-    """Whether progress bars are shown, so that nobody needs the time in lines."""
-    return _errors().is_terminal
+    """Whether progress bars are shown, so that lines need no time."""
+    return errors().is_terminal
+
+
+def is_interactive() -> bool:
+    """Whether a person can type on the standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def ask(prompt: str) -> str:
+    """Return a line that is typed; an EOFError if there are no more. A result elsewhere does not get the ``prompt``."""
+    if not results().is_terminal:
+        typer.echo(prompt, nl=False, err=True)
+        prompt = ""
+    try:
+        return input(prompt)
+    except UnicodeDecodeError:
+        complain("the line is not text in the terminal's encoding; type it again")
+        return ask(prompt)
 
 
 def program() -> str:
@@ -196,61 +219,6 @@ def interval(score: Score) -> str:
     if not score.has_interval:
         return f"{score.value:.3f}  n = {score.n}"
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
-
-
-class _Console(Console):
-    """Shows characters that a terminal would obey, such as escapes, instead of sending them: texts may be data's."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Return a text as rich prints it. Whatever prints through a console comes by here, cells of tables too."""
-        return super().render_str(visible(text, lines=True), **options)
-
-
-@functools.cache
-def _errors() -> Console:
-    """The one console of the error stream: what goes through it stands above a running progress bar."""
-    return _Console(stderr=True, emoji=False)
-
-
-@functools.cache
-def results() -> Console:
-    """The one console of the standard output; a script that draws it may record what it prints."""
-    return _Console(highlight=False, emoji=False)
-
-
-def is_interactive() -> bool:
-    """Whether a person can type on the standard input."""
-    return sys.stdin is not None and sys.stdin.isatty()
-
-
-def ask(prompt: str) -> str:
-    """Return a line that is typed; an EOFError if there are no more. A result elsewhere does not get the ``prompt``."""
-    if not results().is_terminal:
-        typer.echo(prompt, nl=False, err=True)
-        prompt = ""
-    try:
-        return input(prompt)
-    except UnicodeDecodeError:
-        say("error: the line is not text in the terminal's encoding; type it again")
-        return ask(prompt)
-
-
-def table(*columns: str, narrow: bool = False) -> Table:
-    """Return an empty table; a ``narrow`` one leaves room for long texts that should not be wrapped at 80 columns."""
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1), show_edge=not narrow)
-    for name in columns:
-        found.add_column(name)
-    return found
-
-
-def heading(text: str) -> None:
-    """Print a table's title. A title of the table's own would be wrapped at the table's width."""
-    results().print(text, markup=False, style="italic", soft_wrap=True)
-
-
-def line(text: str) -> None:
-    """Print a line that is not wrapped, so that a path or a command can be copied."""
-    results().print(text, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -277,27 +245,20 @@ def quoted(text: str) -> str:
     return f"'{visible(text)}'"
 
 
-def parameters(record: Mapping[str, Json]) -> None:
-    """Print how many weights a run trained, and how long it took."""
-    trainable, frozen = cast("int", record["trainable_parameters"]), cast("int", record["frozen_parameters"])
-    train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
-    whose = {
-        "none": "the prompt encoder",
-        "head": "prompt encoder and classification head",
-        "full": "prompt encoder and backbone",
-        "lora": "prompt encoder and adapters",
-    }
-    own = whose[str(record["train_backbone"])]
-    line(f"trained: {trainable:,} parameters of {own}; frozen: {frozen:,} of the backbone")
-    line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
-
-
 def mark(on: bool) -> str:
     """Return the style of a row, green for the one that was chosen."""
     return "bold green" if on else ""
 
 
-def print_json(value: Json | Sequence[Mapping[str, Json]], *, indent: int | None = 2) -> None:
-    """Print a value as JSON, indented or on one line. Characters that a terminal would obey are escaped."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    typer.echo(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+def parameters(record: Mapping[str, Json]) -> None:
+    """Print how many weights a run trained, and how long it took."""
+    trained = {
+        "none": "the prompt encoder",
+        "head": "prompt encoder and classification head",
+        "full": "prompt encoder and backbone",
+        "lora": "prompt encoder and adapters",
+    }[str(record["train_backbone"])]
+    line(f"trained: {record['trainable_parameters']:,} parameters of {trained}; "
+         f"frozen: {record['frozen_parameters']:,} of the backbone")  # fmt: skip
+    train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
+    line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")

@@ -17,39 +17,30 @@ from ptuning.files import Json, sha256
 from ptuning.metrics.generation import check_metrics, metrics_of, score_texts, value_of_texts
 from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
+from ptuning.prompt.rows import Answering
 from ptuning.prompt.score import Result, check_generates, generate_parts, prediction_rows
-from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
+from ptuning.records import Records, Rows, references_of, require_targets
 from ptuning.template.encode import TokenizedTemplate
 
 
-def text_row(record: Record, found: Prediction) -> dict[str, Json]:
-    """Return the row of a written text, as ``ptuning generate`` writes it."""
-    return {
-        "record": plain(record),
-        "predicted": found.text,
-        "target": target_of(record),
-        "stopped": found.stopped,
-        "tokens": found.tokens,
-    }
-
-
-def generation_identity(
-    prompt: Prompt, questions: Questions, settings: GenerationSettings, backbone: Backbone
-) -> dict[str, Json]:
-    """Return what must be equal for texts to be those of one and the same run, on this backbone as it is loaded."""
+def answers_identity(prompt: Prompt, questions: Questions, how: Answering, backbone: Backbone) -> dict[str, Json]:
+    """Return what must be equal for answers to be those of one and the same run, on this backbone as it is loaded."""
     vectors = b"" if prompt.slot_vectors is None else prompt.slot_vectors.numpy().tobytes()
-    deep = b"" if prompt.deep is None else b"".join(one.numpy().tobytes() for one in prompt.deep.tensors.values())
+    deep = b"" if prompt.deep is None else b"".join(tensor.numpy().tobytes() for tensor in prompt.deep.tensors.values())
     return {
         "template": str(prompt.template),
         "slots (sha256)": sha256(vectors + deep),
         "weights": None if prompt.weights is None else prompt.weights.fingerprint,
+        "label words": None if prompt.label_words is None else prompt.label_words.to_json(),
         "backbone": backbone.fingerprint,
         **{name: value for name, value in backbone.loaded.items() if name != "attn_implementation"},
         "data (sha256)": questions.sha256,
         "records": len(questions),
-        **{name: list(one) if isinstance(one, tuple) else one for name, one in vars(settings).items()},
+        "answers": how.top_k,
+        "candidates": None if how.candidates is None else [*how.candidates],
+        **{name: getattr(how, name) for name in ("normalise", "calibrate", "count_stop", "min_probability")},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(how.generation).items()},
     }
 
 

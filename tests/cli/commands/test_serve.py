@@ -17,18 +17,18 @@ import pytest
 from ptuning import PromptModel, load_backbone
 from ptuning.cli.commands import serve
 from ptuning.serve.engine.engine import Engine
-from tests.cli.test_app import fails
+from tests.cli.calls import fails
 from tests.conftest import learned
 from tests.processes import COMMAND_LINE, forked
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "says"),
     [
         ((), "give --prompts DIR"),
-        (("capitals",), "NAME=FOLDER"),
-        (("--prompts", "nowhere"), "no such folder of prompts: nowhere"),
-        (("--prompts", ".", "--host", "0.0.0.0"), "--host 0.0.0.0 lets others in, and there are no keys"),
+        (("capitals",), "'capitals'"),
+        (("--prompts", "nowhere"), "nowhere"),
+        (("--prompts", ".", "--host", "0.0.0.0"), "--host 0.0.0.0"),
         (("--prompts", ".", "--host", "no such host"), "--host"),
         (("--prompts", ".", "--api-key-file", "nowhere"), "nowhere"),
         (("--prompts", ".", "--api-key-file", "empty"), "holds no key"),
@@ -36,9 +36,9 @@ from tests.processes import COMMAND_LINE, forked
         (("--prompts", ".", "--cache-memory", "2"), "'--cache-memory'"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_loaded(args: tuple[str, ...], told: str) -> None:
+def test_mistakes_are_errors_before_anything_is_loaded(args: tuple[str, ...], says: str) -> None:
     Path("empty").touch()
-    fails("serve", *args, says=[told])
+    fails("serve", *args, says=[says])
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_a_prompt_is_loaded_while_a_pass_runs(llama: str) -> None:
     running.start()
     assert held.wait(60)
     try:
-        registry = serve._registry(Path("prompts"), {}, engine)
+        registry = serve.registry_of(Path("prompts"), {}, engine)
         learned(backbone, "{x} is [P*3] [Y]").save("prompts/second")
         registry.load("other", "second")
         assert sorted(registry.served) == ["first", "other"]

@@ -10,17 +10,9 @@ import typer
 from rich.markup import escape
 
 from ptuning.backbone.families import COLUMNS, TESTED, families
-from ptuning.cli import terminal
-from ptuning.cli.inputs import load_tokenizer, notice_line_breaks, read_template
-from ptuning.cli.options import (
-    TEMPLATE,
-    AskedBackbone,
-    JsonOption,
-    TemplateFileOption,
-    option,
-    takes,
-    tokenizer_options,
-)
+from ptuning.cli import options, terminal
+from ptuning.cli.inputs import load_tokenizer, notice_line_breaks, text_or_file
+from ptuning.cli.options import DATA, TEMPLATE, JsonOption, option
 from ptuning.errors import ConfigError, RecordError
 from ptuning.records import TARGET_FIELD
 
@@ -36,7 +28,7 @@ SHOWN_COLUMNS = ("family", "kind", "slots", "answers", "shared prefix")
 
 def data(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which data to print.")] = None,
-    split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
+    split: Annotated[str, option("Which part.", DATA, metavar="train|dev|test")] = "train",
 ) -> None:
     """List the shipped data, or print a part of it as JSONL. NAME:split works wherever a data file does.
 
@@ -44,36 +36,30 @@ def data(
     """
     from ptuning.data.reading import load_rows, shipped_facts
 
-    if name is None:
-        _show_facts(shipped_facts())
+    if name is not None:
+        for _, row in load_rows(name if ":" in name else f"{name}:{split}"):
+            typer.echo(json.dumps(row, ensure_ascii=False))
         return
-    for _, row in load_rows(name if ":" in name else f"{name}:{split}"):
-        typer.echo(json.dumps(row, ensure_ascii=False))
-
-
-def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
     terminal.heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
-    table = terminal.table("name", "records", "manual template (--manual)", "--about", narrow=True)
-    for name, entry in known.items():
+    table = terminal.table("name", "records", "manual template (--manual)", "about")
+    for title, entry in shipped_facts().items():
         rows = cast("Mapping[str, int]", entry["rows"])
-        counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
-        table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
+        counts = "/".join(str(rows[part]) for part in ("train", "dev", "test"))
+        table.add_row(title, counts, escape(str(entry["manual"])), str(entry["about"]))
     terminal.results().print(table)
 
 
-@takes(backbone=tokenizer_options)
 def show_template(
-    template: Annotated[str | None, typer.Argument(metavar="[TEMPLATE]")] = None,
-    template_file: TemplateFileOption = None,
-    chat: Annotated[bool, option("--chat", panel=TEMPLATE, about="Show the model's own chat template.")] = False,
+    template: Annotated[str | None, typer.Argument(metavar="[TEMPLATE|@FILE]")] = None,
+    chat: Annotated[bool, option("Show the model's own chat template.", TEMPLATE, "--chat")] = False,
     system: Annotated[
-        str | None, option(metavar="TEXT", panel=TEMPLATE, about="With --chat: the system text that slots start at.")
+        str | None, option("With --chat: the system text that slots start at.", TEMPLATE, metavar="TEXT")
     ] = None,
-    record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Show the first record of a data file.")] = None,
+    record: Annotated[str | None, option('As {"x": "Kenya", "y": "Nairobi"}.', DATA, metavar="JSON")] = None,
+    data: Annotated[str | None, option("Show the first record of a data file.", DATA, metavar="FILE")] = None,
     as_json: JsonOption = False,
-    *,
-    backbone: AskedBackbone,
+    backbone: options.BackboneOption = None,
+    model_arg: options.ModelArgOption = None,
 ) -> None:
     """Show each position of a filled template: slot, literal, field or target, with its token. With --chat the template
     is the model's own, and a conversation is shown turn by turn.
@@ -85,11 +71,11 @@ def show_template(
 
     if system is not None and (not chat or not system.strip()):
         raise ConfigError("--system is the system text of --chat; leave it out for the chat template's own")
-    if (template is not None) + (template_file is not None) + chat != 1:
-        raise ConfigError("give either a TEMPLATE, or --template-file, or --chat")
+    if (template is not None) == chat:
+        raise ConfigError("give either a TEMPLATE or --chat")
     if record is not None and data is not None:
-        raise ConfigError("--record and --data both say what is filled in; leave one out")
-    pattern = read_template(template_file) if template_file is not None else template
+        raise ConfigError("--record and --data are both a record to fill in; leave one out")
+    pattern = text_or_file(template)
     parsed = None if pattern is None else Template.parse(pattern)
     rows = load_rows(data) if data is not None else None
     if record is not None:
@@ -97,19 +83,20 @@ def show_template(
         if len(rows) != 1:
             raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
     is_chat = parsed is None or parsed.has_conversation
-    asked = _first_conversation(rows) if rows is not None and is_chat else None
-    tokenizer, kind = load_tokenizer(backbone)
+    conversation = _first_conversation(rows) if rows is not None and is_chat else None
+    tokenizer, kind = load_tokenizer(options.tokenizer_of(backbone, model_arg))
     notice_line_breaks(pattern, tokenizer)
+    from ptuning.data.conversations import system_text
+    from ptuning.template.chat import chat_template
     from ptuning.template.encode import TokenizedTemplate
 
     if parsed is None:
-        from ptuning.data.conversations import system_text
-        from ptuning.template.chat import chat_template
-
-        parsed = chat_template(tokenizer, system_text(asked) if system is None and asked is not None else system)
+        if system is None and conversation is not None:
+            system = system_text(conversation)
+        parsed = chat_template(tokenizer, system)
     row: dict[str, str] = {name: name for name in parsed.fields}
     if rows is not None:
-        row = dict(as_read(rows)[0] if asked is None else asked[-1].record)
+        row = dict(as_read(rows)[0] if conversation is None else conversation[-1].record)
     bound = TokenizedTemplate(parsed, tokenizer=tokenizer, kind=kind)
     positions = bound.describe(row)
     _show_positions(positions, tokenizer, free="start drawn" if parsed.has_deep else "random start", as_json=as_json)
@@ -117,7 +104,7 @@ def show_template(
         terminal.say("[D:examples] is its word here; training puts worked examples of its data there")
     if is_chat and not as_json:
         learned = sum(part in ("target", "end") for part, _ in positions)
-        terminal.line(f"{len(positions)} positions; learned is to write {learned} of them, the target and its end")
+        terminal.line(f"{len(positions)} positions, {learned} of them the target and its end, which are learned")
     target = row.get(TARGET_FIELD, "")
     if target.strip() and not bound.examples([row])[0].known:
         terminal.say(f"warning: the target '{target}' is unknown to this tokenizer, so it is never a hit")
@@ -138,8 +125,10 @@ def _first_conversation(rows: RawRows) -> Questions:
 def _show_positions(
     positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, free: str, as_json: bool
 ) -> None:
-    texts = [None if token is None else tokenizer.token(token) for _, token in positions]
-    rows = [(index, *position, text) for index, (position, text) in enumerate(zip(positions, texts, strict=True))]
+    rows = [
+        (index, part, token, None if token is None else tokenizer.token(token))
+        for index, (part, token) in enumerate(positions)
+    ]
     if as_json:
         terminal.print_json([dict(zip(("position", "part", "token_id", "token"), row, strict=True)) for row in rows])
         return
@@ -152,7 +141,7 @@ def _show_positions(
 
 
 def backbones(as_json: JsonOption = False) -> None:
-    """List the families of language models, what each supports, and what is tested. No model is loaded.
+    """List the families of language models, what each supports, and what is tested.
 
     Example: ptuning backbones --json
     """
@@ -162,7 +151,7 @@ def backbones(as_json: JsonOption = False) -> None:
         terminal.print_json(listed)
         return
     terminal.heading(f"families that the tests run ({', '.join(TESTED)}); any other works, or is refused with a reason")
-    table = terminal.table(*SHOWN_COLUMNS, narrow=True)
+    table = terminal.table(*SHOWN_COLUMNS)
     for row in rows:
         table.add_row(*(escape(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in SHOWN_COLUMNS))
     terminal.results().print(table)

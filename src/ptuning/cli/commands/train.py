@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from rich import box
-from rich.table import Table
-
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import load, notice_line_breaks, say_notes, text_or_file
-from ptuning.cli.options import DATA, OUTPUT, SETTINGS, TEMPLATE, TRAINING, AskedBackbone, option
+from ptuning.cli.options import DATA, OUTPUT, TEMPLATE, TRAINING, option
 from ptuning.cli.signals import stoppable
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
@@ -28,90 +24,77 @@ if TYPE_CHECKING:
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import TrainSpec
 
+SETTINGS = TrainConfig()
+TRAIN_BACKBONE = ("none", "head", "full", "lora")
 # Keys of a file of settings that only the command has.
 LOG_TO, BACKBONE = "log_to", "backbone"
 
 
-@options.takes(backbone=options.backbone_options)
 def train(
     data: Annotated[
         str | None,
         option(
+            "Training data: file, shipped NAME:train, or with --task a folder.",
+            DATA,
             metavar="TRAIN",
-            panel=DATA,
-            about="Training data: file, shipped NAME:train, or with --task a folder.",
             autocompletion=options.shipped_parts,
         ),
     ] = None,
-    dev: Annotated[
-        str | None, option(metavar="DEV", panel=DATA, about="Validation data [default: a 20 % split of TRAIN].")
-    ] = None,
+    dev: Annotated[str | None, option("Validation data [default: 20 % of TRAIN].", DATA, metavar="DEV")] = None,
     task: options.TaskOption = None,
     field: options.FieldOption = None,
     template: Annotated[
-        str | None, option(metavar="T|@FILE", panel=TEMPLATE, about='As "[P:The capital of] [X] [P:is] [Y]".')
+        str | None, option('As "[P:The capital of] [X] [P:is] [Y]".', TEMPLATE, metavar="T|@FILE")
     ] = None,
     manual: Annotated[
-        str | None,
-        option(metavar="M|@FILE", panel=TEMPLATE, about="Manual template; its words become slots where that pays."),
+        str | None, option("Manual template, whose words become slots where that pays.", TEMPLATE, metavar="M|@FILE")
     ] = None,
     method: Annotated[
         str | None,
-        option(
-            metavar="NAME",
-            panel=TEMPLATE,
-            about=f"With --manual or --task, another kind of prompt: {', '.join(KINDS)}.",
-            complete=tuple(KINDS),
-        ),
+        option(f"Kind of prompt to make from it: {', '.join(KINDS)}.", TEMPLATE, metavar="NAME", complete=KINDS),
     ] = None,
-    chat: Annotated[
-        bool, option("--chat", panel=TEMPLATE, about="Conversations, in the model's own chat template.")
-    ] = False,
+    chat: Annotated[bool, option("Conversations, in the model's own chat template.", TEMPLATE, "--chat")] = False,
     labels: options.LabelsOption = None,
     train_backbone: Annotated[
         str | None,
         option(
-            metavar="|".join(options.TRAIN_BACKBONE),
-            panel=TRAINING,
-            about="Weights trained besides the slots [default: none].",
-            complete=options.TRAIN_BACKBONE,
+            "Weights trained besides the slots [default: none].",
+            TRAINING,
+            metavar="|".join(TRAIN_BACKBONE),
+            complete=TRAIN_BACKBONE,
         ),
     ] = None,
     lr: Annotated[
         float | None,
         option(
+            "Peak learning rate of the slots; of deep slots relative to the RMS of each layer's activations "
+            f"[default: {SETTINGS.lr}, deep {SETTINGS.deep_lr}].",
+            TRAINING,
             metavar="F",
-            panel=TRAINING,
-            about="Peak learning rate of the slots; of deep slots relative to the RMS "
-            f"of each layer's activations [default: {SETTINGS.lr}, deep {SETTINGS.deep_lr}].",
         ),
     ] = None,
     epochs: Annotated[
-        int | None,
-        option(metavar="N", panel=TRAINING, about=f"Passes over TRAIN [default: {SETTINGS.epochs}]."),
+        int | None, option(f"Passes over TRAIN [default: {SETTINGS.epochs}].", TRAINING, metavar="N")
     ] = None,
     batch_size: Annotated[
-        int | None,
-        option(metavar="N", panel=TRAINING, about=f"Records per step [default: {SETTINGS.batch_size}]."),
+        int | None, option(f"Records per step [default: {SETTINGS.batch_size}].", TRAINING, metavar="N")
     ] = None,
-    seed: Annotated[
-        int | None, option(metavar="N", panel=TRAINING, about=f"Random seed [default: {SETTINGS.seed}].")
-    ] = None,
+    seed: Annotated[int | None, option(f"Random seed [default: {SETTINGS.seed}].", TRAINING, metavar="N")] = None,
     config: Annotated[
         Path | None,
-        option(metavar="FILE", panel=TRAINING, about="TOML with settings and inputs by name; options come before it."),
+        option("TOML with settings and inputs by name; options come before it.", TRAINING, metavar="FILE"),
     ] = None,
     set_: options.SetOption = None,
     out: Annotated[
-        Path | None, option(metavar="DIR", panel=OUTPUT, about="Folder for the prompt and the record of the run.")
+        Path | None, option("Folder for the prompt and the record of the run.", OUTPUT, metavar="DIR")
     ] = None,
-    resume: Annotated[bool, option("--resume", panel=OUTPUT, about="Continue a stopped run.")] = False,
-    overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, about="Replace an earlier run in DIR.")] = False,
-    dry_run: Annotated[
-        bool, option("--dry-run", panel=OUTPUT, about="Estimate memory and time from a few steps; write nothing.")
-    ] = False,
-    *,
-    backbone: AskedBackbone,
+    resume: options.ResumeOption = False,
+    overwrite: options.ReplaceOption = False,
+    dry_run: Annotated[bool, option("Only estimate memory and time, from a few steps.", OUTPUT, "--dry-run")] = False,
+    backbone: options.BackboneOption = None,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    model_arg: options.ModelArgOption = None,
 ) -> None:
     """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
 
@@ -120,14 +103,15 @@ def train(
 
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
-    given: dict[str, Any] = {"data": data, "dev": dev, "task": task, "method": method, "labels": labels}
-    given |= {"template": text_or_file(template), "manual": text_or_file(manual), "chat": chat or None}
-    given |= {"train_backbone": train_backbone, "lr": lr, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-    given |= {"fields": options.fields_of(field) or None}
+    given: dict[str, Any] = {
+        "data": data, "dev": dev, "task": task, "fields": options.fields_of(field) or None,
+        "template": text_or_file(template), "manual": text_or_file(manual), "method": method, "chat": chat or None,
+        "labels": labels, "train_backbone": train_backbone, "lr": lr, "epochs": epochs, "batch_size": batch_size,
+        "seed": seed, BACKBONE: backbone,
+    }  # fmt: skip
     values = merged(config, set_, {name: value for name, value in given.items() if value is not None})
-    log_to = values.pop(LOG_TO, None)
-    backbone = replace(backbone, name=backbone.name or values.pop(BACKBONE, None))
-    values.pop(BACKBONE, None)
+    log_to, name = values.pop(LOG_TO, None), values.pop(BACKBONE, None)
+    choice = options.backbone_of(name, dtype, device, model_arg)
     if out is None and not dry_run:
         raise ConfigError("name the folder of the prompt with --out DIR, or add --dry-run")
     if dry_run and (out is not None or resume or overwrite or log_to is not None):
@@ -135,28 +119,30 @@ def train(
     if out is not None:
         from ptuning.names import RUN, check_writable
 
-        check_resume(resume=resume, overwrite=overwrite)
+        options.check_resume(resume=resume, overwrite=overwrite)
         check_writable(out, RUN, overwrite=overwrite, resume=resume)
     with terminal.waiting("reading the data"):
         spec = spec_of(values, where=str(config) if config is not None else "").check()
     say_notes(spec.notes)
-    say_notes([f"warning: {doubt}" for doubt in spec.checked.warnings] if spec.checked is not None else ())
-    if dry_run:
-        _estimate(spec, backbone)
+    say_notes(f"warning: {doubt}" for doubt in (spec.checked.warnings if spec.checked is not None else ()))
+    loaded = load(choice, spread=not dry_run)
+    if out is None:
+        from ptuning.training.estimate import estimate_spec
+
+        with terminal.bar() as report:
+            forecast = estimate_spec(spec, loaded, report=report)
+        show_forecast(forecast)
         return
+    from ptuning.training.prepare import placed, prepare
+    from ptuning.training.run import TrainingRun
     from ptuning.training.tracking import TrainingLog
 
-    assert out is not None
-    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
-    loaded = load(backbone, spread=True)
     for pattern in (given["template"], given["manual"]):
         notice_line_breaks(pattern, loaded.tokenizer)
+    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
     with stoppable(out, again="--resume") as (report, should_stop), log:
-        from ptuning.training.prepare import placed, prepare
-        from ptuning.training.run import TrainingRun
-
         known, spec = spec.notes, placed(spec, loaded)
-        say_notes([note for note in spec.notes if note not in known])
+        say_notes(note for note in spec.notes if note not in known)
         log.settings["template"] = str(spec.template)
         if given["template"] is None:
             terminal.say(f"learned template: {spec.template}")
@@ -164,12 +150,6 @@ def train(
         run = TrainingRun(prepare(spec, loaded), out=out, resume=resume, overwrite=overwrite, command=command)
         result = run.train(report=each(report, log), should_stop=should_stop)
     show(result)
-
-
-def check_resume(*, resume: bool, overwrite: bool) -> None:
-    """Raise a ConfigError if an earlier run is both to be continued and to be replaced."""
-    if resume and overwrite:
-        raise ConfigError("--resume continues the earlier run that --overwrite replaces; leave one out")
 
 
 def merged(config: Path | None, pairs: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,11 +160,10 @@ def merged(config: Path | None, pairs: Sequence[str] | None, given: Mapping[str,
 
     file: dict[str, Any] = {}
     if config is not None:
-        file = validate(
-            dict[str, Any], parse_toml(read_text(config, error=ConfigError), where=str(config), error=ConfigError).value
-        )
+        text = read_text(config, error=ConfigError)
+        file = validate(dict[str, Any], parse_toml(text, where=str(config), error=ConfigError).value)
     texts = {name for name, item in TrainingInputs.model_fields.items() if item.annotation in (str, str | None)}
-    own = options.set_values(pairs, {*texts, LOG_TO, BACKBONE})
+    own = options.values_of(pairs, "--set", "patience=2", texts={*texts, LOG_TO, BACKBONE})
     twice = next((name for name in own if name in given), None)
     if twice is not None:
         raise ConfigError(f"'{twice}' is given twice, by its option and by --set")
@@ -205,15 +184,6 @@ def spec_of(values: Mapping[str, Any], *, where: str) -> TrainSpec:
     return validate(TrainingInputs, inputs, where, error=ConfigError).spec(TrainConfig.from_json(settings))
 
 
-def _estimate(spec: TrainSpec, backbone: AskedBackbone) -> None:
-    loaded = load(backbone)
-    with terminal.bar() as report:
-        from ptuning.training.estimate import estimate_spec
-
-        forecast = estimate_spec(spec, loaded, report=report)
-    show_forecast(forecast)
-
-
 def show(result: TrainResult) -> None:
     """Print what a training run left."""
     record, console = result.record, terminal.results()
@@ -222,24 +192,17 @@ def show(result: TrainResult) -> None:
     dev = cast("Mapping[str, Mapping[str, Json]]", record["data"])["dev"]
     chosen = cast("int", record["chosen_epoch"])
     terminal.heading(f"development part: {dev['rows']} records of {dev['name']}")
-    table = Table(box=box.SIMPLE_HEAD)
-    # A metric of written texts that chooses the epoch stands beside the score.
+    # A metric of generated texts that chooses the epoch is shown next to the score.
     scores = dict.fromkeys(("dev_loss", "dev_score", *(name for name in start if name.startswith("dev_"))))
-    for name in ("epoch", "train loss", *(one.replace("_", " ") for one in scores)):
-        table.add_column(name, justify="right")
+    table = terminal.table("epoch", "train loss", *(name.replace("_", " ") for name in scores), numbers=True)
     for row in (start, *history):
         epoch = int(row.get("epoch", 0))
-        table.add_row(
-            str(epoch) if epoch else "start",
-            f"{row['train_loss']:.3f}" if epoch else "",
-            *(f"{row[name]:.3f}" for name in scores),
-            style=terminal.mark(epoch == chosen),
-        )
+        names = (str(epoch), f"{row['train_loss']:.3f}") if epoch else ("start", "")
+        table.add_row(*names, *(f"{row[name]:.3f}" for name in scores), style=terminal.mark(epoch == chosen))
     console.print(table)
     console.print(f"chosen:  {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
-    if isinstance(best := record.get("dev_score"), Mapping):  # a run that was finished by an older version has none
-        value, low, high = (cast("float", best[name]) for name in ("value", "low", "high"))
-        terminal.line(f"dev score {value:.3f} [{low:.3f}, {high:.3f}], n = {best['n']}")
+    best = cast("Mapping[str, float]", record["dev_score"])
+    terminal.line(f"dev score {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], n = {best['n']}")
     terminal.parameters(record)
     if record.get("ceiling_tokens_per_second"):
         speed, ceiling = cast("float", record["tokens_per_second"]), cast("float", record["ceiling_tokens_per_second"])
@@ -249,55 +212,41 @@ def show(result: TrainResult) -> None:
     terminal.line(f"next:    {terminal.program()} eval {shlex.quote(str(result.folder))} --data FILE")
 
 
-def show_forecast(found: Forecast) -> None:
+def show_forecast(forecast: Forecast) -> None:
     """Print the memory and time that a training will take."""
-    memory, seconds = found.memory, found.seconds
-    rows, tokens = found.longest_pass
+    memory, seconds, (rows, tokens) = forecast.memory, forecast.seconds, forecast.longest_pass
     terminal.heading(
-        f"{found.train_records} records, {found.steps} steps an epoch, the longest pass {rows} x {tokens} tokens; "
-        f"{found.dev_records} records to choose by; {found.train_backbone} on {found.device} in {found.dtype}"
+        f"{forecast.train_records} records, {forecast.steps} steps an epoch, longest pass {rows} x {tokens} tokens, "
+        f"{forecast.dev_records} validation records, on {forecast.device} in {forecast.dtype}"
     )
-    if found.deep_in_front:
-        terminal.line(
-            f"{found.deep_in_front} deep slots in front are keys and values: they cost no token of a pass, and as they "
-            "change, no text behind them is kept"
-        )
     sizes = {
-        "backbone": memory["weights"],
-        "what is trained": memory["trained"],
-        "its gradients": memory["gradients"],
-        "optimizer": memory["optimizer"],
-        "activations of the largest pass": memory["activations"],
-        "kept text in front of the slots": memory["constant_part"],
-        "the best of earlier starts": memory["other_starts"],
-        "process and allocator": memory["rest"],
+        "backbone": memory.weights,
+        "trained parameters": memory.trained,
+        "their gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations of the largest pass": memory.activations,
+        "prefix cache": memory.constant_part,
+        "the best of earlier restarts": memory.other_starts,
+        "process and allocator": memory.rest,
+        "training": memory.training,
+        "peak, loading included": memory.peak,
+        "prefix cache on disk": memory.on_disk,
     }
-    sums = {"training": _megabytes(memory["training"]), "peak, loading included": _megabytes(memory["peak"])}
-    _table(("memory", "MB"), {name: _megabytes(size) for name, size in sizes.items() if size}, sums)
-    if memory["on_disk"]:
-        spilled = _megabytes(memory["on_disk"])
-        terminal.line(f"{spilled} MB of the kept text do not fit and go to the disk, which takes longer")
-    scored, starts = found.starts * (found.epochs + 1), f", {found.starts} starts" if found.starts > 1 else ""
-    times = {
-        "preparing": seconds["preparing"] + seconds["constant_part"],
-        "training, per epoch": seconds["epoch"],
-        f"scoring the development part, each of {scored} times": seconds["dev"],
-        "checkpoints": seconds["saving"],
-        "answers in the end": seconds["answers"],
-    }
-    total = {f"all of it: {found.epochs} epochs{starts}": terminal.duration(seconds["total"])}
-    _table(("time", ""), {name: terminal.duration(value) for name, value in times.items()}, total)
-    terminal.line("at most: training stops early if nothing gets better. Nothing was trained or written")
-
-
-def _table(columns: tuple[str, str], rows: Mapping[str, str], sums: Mapping[str, str]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(columns[0])
-    table.add_column(columns[1], justify="right")
-    for name, text in {**rows, **sums}.items():
-        table.add_row(name, text, style="bold" if name in sums else "")
+    table = terminal.table("memory", "MB", numbers=True)
+    for name, size in sizes.items():
+        if size:
+            table.add_row(name, f"{size / 1e6:,.0f}")
     terminal.results().print(table)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f}"
+    times = {
+        "preparing": seconds.preparing + seconds.constant_part,
+        "training, per epoch": seconds.epoch,
+        f"scoring the development part, each of {forecast.starts * (forecast.epochs + 1)} times": seconds.dev,
+        "checkpoints": seconds.saving,
+        "answers in the end": seconds.answers,
+        f"total: {forecast.epochs} epochs, {forecast.starts} start{'s' * (forecast.starts > 1)}": seconds.total,
+    }
+    table = terminal.table("time", "", numbers=True)
+    for name, value in times.items():
+        table.add_row(name, terminal.duration(value))
+    terminal.results().print(table)
+    terminal.line("at most: training stops early if nothing gets better. Nothing was trained or written")
