@@ -13,7 +13,7 @@ from ptuning.metrics import called
 from ptuning.names import CELLS_FOLDER
 
 if TYPE_CHECKING:
-    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
+    from ptuning.experiment.cells import CellJob, CellResult
     from ptuning.report.results_file import Results
     from ptuning.report.tables import Table
 
@@ -56,24 +56,24 @@ def _facts_of(job: CellJob) -> str:
     return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}" if why else "")
 
 
-def show_estimates(estimates: Sequence[CellEstimate]) -> None:
+def show_estimates(cells: Sequence[CellResult]) -> None:
     """Print the cells of a dry run with their estimated times, and the sum."""
-    left = [estimate for estimate in estimates if not estimate.is_finished]
+    left = [result for result in cells if not result.was_there]
     table = terminal.table("task", "method", "seed", "estimated time")
-    for estimate in estimates:
-        cell, time = estimate.cell, "finished" if estimate.is_finished else _time([estimate])
+    for result in cells:
+        cell, time = result.cell, "finished" if result.was_there else _time([result])
         table.add_row(escape(cell.task), escape(cell.method), str(cell.seed), time)
     terminal.results().print(table)
-    terminal.line(f"{len(left)} of {len(estimates)} cells to run, estimated time: {_time(left)}; nothing was run")
-    if any(estimate.seconds is None for estimate in left):
+    terminal.line(f"{len(left)} of {len(cells)} cells to run, estimated time: {_time(left)}; nothing was run")
+    if not all(result.seconds for result in left):
         terminal.line("unknown: no cell of this method is finished; the mean of finished ones is the estimate")
 
 
-def _time(estimates: Sequence[CellEstimate]) -> str:
-    known = [estimate.seconds for estimate in estimates if estimate.seconds is not None]
-    if len(known) == len(estimates):
-        return terminal.duration(sum(known))
-    return f"{terminal.duration(sum(known))} + unknown" if known else "unknown"
+def _time(cells: Sequence[CellResult]) -> str:
+    known = sum(result.seconds for result in cells)
+    if all(result.seconds for result in cells):
+        return terminal.duration(known)
+    return f"{terminal.duration(known)} + unknown" if known else "unknown"
 
 
 def show_results(results: Results) -> None:

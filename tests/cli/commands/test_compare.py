@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ptuning.cli import comparisons, terminal
-from ptuning.experiment.cells import CellEstimate, CellResult
+from ptuning.experiment.cells import CellResult
 from ptuning.experiment.results import Collector
 from ptuning.method.base import Solution
 from ptuning.method.registry import METHODS
@@ -326,5 +326,5 @@ def test_estimates(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     comparisons.show_estimates(known)
     assert "2 of 3 cells to run, estimated time: 1 h 08 min; nothing was run\n" in capsys.readouterr().out
-    comparisons.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
+    comparisons.show_estimates([*known, CellResult(Cell("P36", "in-context", 0), "waiting")])
     assert "3 of 4 cells to run, estimated time: 1 h 08 min + unknown" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def compare(
     start = _own_data(data, arguments) if suite is None else _suite(suite, data, arguments)
     shares = Shares.of(part, workers, ray, gpus_per_worker, backbone=choice, dry_run=dry_run)
     with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (report, should_stop):
-        from ptuning.experiment.plan import Watch
+        from ptuning.experiment.comparison import Watch
         from ptuning.training.tracking import TrainingLog
 
         log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
@@ -190,8 +190,7 @@ def _suite(suite: str, data: str, given: Mapping[str, Any]) -> Callable[..., Res
         if name not in SUITES[suite]:
             shown = f"--arg {name}" if name in ARGS else f"--{name.removesuffix('s' * (name == 'fields'))}"
             raise ConfigError(f"{shown.replace('_', '-')} has no effect with --suite {suite}")
-    from ptuning.experiment.lama import lama
-    from ptuning.experiment.superglue import superglue
+    from ptuning.experiment.suites import lama, superglue
 
     arguments: dict[str, Any] = {SUITES[suite][name]: value for name, value in given.items()}
     return functools.partial(lama if suite == "lama" else superglue, data, **arguments)
@@ -216,7 +215,7 @@ def _own_data(data: str, arguments: dict[str, Any]) -> Callable[..., Results]:
     known = task.label_words if task is not None else None
     rows = label_rows(parts, labels, fields=pair[0].fields, known=known, merge=merge, strict=bool(strict))
     inputs.show_findings(rows.report)
-    from ptuning.experiment.compare import compare_labelled
+    from ptuning.experiment.compare import compare as compare_own
 
     # The name becomes a folder.
     name = re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task"

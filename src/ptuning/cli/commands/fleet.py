@@ -13,8 +13,7 @@ from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import OUTPUT, TRAINING, Shares, option
-from ptuning.config import TrainConfig
-from ptuning.errors import PTuningError
+from ptuning.errors import ConfigError, PTuningError
 from ptuning.progress import each
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def fleet(
     file = read_fleet(config)
     choice = options.backbone_of(backbone or file.backbone, dtype, device, model_arg)
     shares = Shares.of(part, workers, ray, gpus_per_worker, backbone=choice)
-    layout = fleet_layout(entry.name for entry in file.entries)
+    layout = fleet_layout(prompt.name for prompt in file.prompts)
     check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
     if log_to is not None and workers is not None:
         raise ConfigError("--log-to logs trainings of this process; leave out --workers and --ray")
@@ -94,12 +93,11 @@ def read_prompts(unread: Sequence[FleetPrompt]) -> list[FleetPrompt]:
     """Read the data of a fleet's prompts, each file once; an error names the prompt."""
     cache: dict[object, Any] = {}
     prompts, notes = [], []
-    for entry in entries:
+    for prompt in unread:
         try:
-            given = cast("dict[str, Any]", {"template": None, **entry.inputs})
-            prompt = FleetPrompt(entry.name, **given, config=TrainConfig.from_json(entry.settings)).check(cache)
+            prompt = prompt.check(cache)
         except PTuningError as error:
-            raise type(error)(f"prompt '{entry.name}': {error}") from error
+            raise type(error)(f"prompt '{prompt.name}': {error}") from error
         doubts = prompt.checked.warnings if prompt.checked is not None else ()
         notes += [*prompt.notes, *(f"warning: {doubt}" for doubt in doubts)]
         prompts.append(prompt)

@@ -220,17 +220,17 @@ def show_forecast(forecast: Forecast) -> None:
         f"{forecast.dev_records} validation records, on {forecast.device} in {forecast.dtype}"
     )
     sizes = {
-        "backbone": memory.weights,
-        "trained parameters": memory.trained,
-        "their gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations of the largest pass": memory.activations,
-        "prefix cache": memory.constant_part,
-        "the best of earlier restarts": memory.other_starts,
-        "process and allocator": memory.rest,
-        "training": memory.training,
-        "peak, loading included": memory.peak,
-        "prefix cache on disk": memory.on_disk,
+        "backbone": memory["weights"],
+        "trained parameters": memory["trained"],
+        "their gradients": memory["gradients"],
+        "optimizer": memory["optimizer"],
+        "activations of the largest pass": memory["activations"],
+        "prefix cache": memory["constant_part"],
+        "the best of earlier restarts": memory["other_starts"],
+        "process and allocator": memory["rest"],
+        "training": memory["training"],
+        "peak, loading included": memory["peak"],
+        "prefix cache on disk": memory["on_disk"],
     }
     table = terminal.table("memory", "MB", numbers=True)
     for name, size in sizes.items():
@@ -238,12 +238,12 @@ def show_forecast(forecast: Forecast) -> None:
             table.add_row(name, f"{size / 1e6:,.0f}")
     terminal.results().print(table)
     times = {
-        "preparing": seconds.preparing + seconds.constant_part,
-        "training, per epoch": seconds.epoch,
-        f"scoring the development part, each of {forecast.starts * (forecast.epochs + 1)} times": seconds.dev,
-        "checkpoints": seconds.saving,
-        "answers in the end": seconds.answers,
-        f"total: {forecast.epochs} epochs, {forecast.starts} start{'s' * (forecast.starts > 1)}": seconds.total,
+        "preparing": seconds["preparing"] + seconds["constant_part"],
+        "training, per epoch": seconds["epoch"],
+        f"scoring the development part, each of {forecast.starts * (forecast.epochs + 1)} times": seconds["dev"],
+        "checkpoints": seconds["saving"],
+        "answers in the end": seconds["answers"],
+        f"total: {forecast.epochs} epochs, {forecast.starts} start{'s' * (forecast.starts > 1)}": seconds["total"],
     }
     table = terminal.table("time", "", numbers=True)
     for name, value in times.items():
