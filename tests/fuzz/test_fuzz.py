@@ -32,8 +32,8 @@ from starlette.testclient import TestClient
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.sources import LoadOptions
-from ptuning.cli.options import backbone_options, config_of, fields_of, varied_by
-from ptuning.cli.outputs import answers_to, kept_lines
+from ptuning.cli.options import backbone_of, config_of, fields_of
+from ptuning.cli.outputs import answer_columns, answer_row, kept_rows, write_rows
 from ptuning.config import GenerationSettings, TrainConfig
 from ptuning.data.checks import label_rows
 from ptuning.data.conversations import read_conversations
@@ -219,11 +219,10 @@ def options(draw: Draw, folder: Path) -> None:
     tried(GenerationSettings.of, as_python(draw(changed_json(generation))))
     pairs = [f"{draw(st.sampled_from(sorted(own)) | texts)}={draw(texts | values.map(as_json))}"]
     pairs += draw(st.lists(texts, max_size=1))
-    config = tried(config_of, pairs, epochs=3)
-    tried(varied_by, pairs, config or TrainConfig())
+    tried(config_of, pairs, epochs=3)
     tried(fields_of, pairs)
     device_map = draw(changed_text('{"model.layers.0": 0, "": "disk"}'))
-    tried(backbone_options, model_arg=[f"device_map={device_map}"])
+    tried(backbone_of, None, model_arg=[f"device_map={device_map}"])
     part = tried(WorkPart.parse, draw(changed_text("3/16") | texts))
     if part is not None:
         assert WorkPart.parse(str(part)) == part
@@ -307,9 +306,9 @@ def data_files(draw: Draw, folder: Path) -> None:
     tried(require_fields, records, list(fields))
 
     def write() -> None:
-        with answers_to(folder / "out.csv", rows) as take:
-            for (_, row), record in zip(rows, records, strict=True):
-                take(row, record, Prediction.of_classes([Candidate("a", -0.5)]))
+        answer, file = Prediction.of_classes([Candidate("a", -0.5)]), folder / "out.csv"
+        answered = [answer_row(file, row, record, answer) for (_, row), record in zip(rows, records, strict=True)]
+        write_rows(file, answered, answer_columns(file, rows), rows.delimiter or ",")
 
     tried(write)
     if (folder / "out.csv").exists() and rows.delimiter in (",", ";"):
@@ -520,9 +519,9 @@ def runs(draw: Draw, folder: Path) -> None:
     tried(lambda: validate(RunRecord, read_json(folder / "run.json")))
 
     def resumed() -> None:
-        with kept_lines(folder / "texts.jsonl", {"records": 2}, resume=True, overwrite=False) as kept:
+        with kept_rows(folder / "texts.jsonl", {"records": 2}, resume=True, overwrite=False) as kept:
             kept.write([{"record": {}}])
-            kept.finish()
+            kept.finish((), ",")
 
     tried(resumed)
 
