@@ -611,14 +611,6 @@ def test_a_dry_run_gives_the_times_of_finished_cells(causal: Backbone, tmp_path:
     assert sorted(out.rglob("*")) == before
 
 
-def test_names_of_methods() -> None:
-    with pytest.raises(ConfigError, match="already"):
-        METHODS.register("manual", describe="again")
-    for name in ("", "a/b", "..", "a b", "a@b", "a,b"):
-        with pytest.raises(ConfigError, match="not a valid name"):
-            METHODS.register(name, describe="")
-
-
 def test_the_random_weights_control_leaves_the_backbone_alone(
     causal: Backbone, tmp_path: Path, own_method: Callable[..., None]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a method is: names, controls, answers of ranked texts, and a list that one's own can join."""
+"""Methods: names, controls, answers of ranked texts, and a list that one's own can join."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import ptuning.method
 from ptuning.data.questions import Question, as_questions
 from ptuning.errors import ConfigError
-from ptuning.method.base import Methods, Setup, Solution, Task
+from ptuning.method.base import Method, Methods, Setup, Solution, Task
 from ptuning.method.registry import METHODS, methods
 from ptuning.metrics import Answer
 from ptuning.template.kinds import KINDS
@@ -24,30 +24,25 @@ def test_an_answer_among_ranked_texts() -> None:
     assert Answer.of_ranked([], Question({"y": "maybe"}).right) == Answer("", False, 0)
 
 
-def test_a_solution_of_a_ranking_answers_each_record() -> None:
-    solution = Solution.of_ranking(lambda record: [record["x"], "no"], answer="no")
-    assert solution.record == {"answer": "no"}
-    found = solution.answer(as_questions([{"x": "yes", "y": "yes"}, {"x": "one", "y": "no"}]))
-    assert found == [Answer("yes", True, 1), Answer("one", False, 2)]
-
-
 def test_a_method_joins_the_list_under_its_name() -> None:
     mine = Methods()
     assert mine.register("mine", describe="always nothing", seeded=True, learns_slots=True)(nothing) is nothing
-    found = mine.find("mine")
-    assert (found.name, found.describe, found.fit) == ("mine", "always nothing", nothing)
-    assert (found.trained, found.seeded, found.reads_train, found.learns_slots) == (False, True, True, True)
+    method = mine.find("mine")
+    assert method == Method("mine", "always nothing", nothing, seeded=True, learns_slots=True)
     assert mine.default_for("compare") == []  # it runs only if it is named
-    assert (list(mine), len(mine), mine["mine"]) == (["mine"], 1, found)
-    for name in ("mine", "all"):  # which stands for the list
-        with pytest.raises(ConfigError, match=f"there is a method '{name}' already"):
+    for name in ("mine", "all"):
+        with pytest.raises(ConfigError, match=f"'{name}' already"):
             mine.register(name, describe="another")
     assert "mine" not in METHODS
+    solution = Solution.of_ranking(lambda record: [record["x"], "no"], answer="no")
+    assert solution.record == {"answer": "no"}
+    questions = as_questions([{"x": "yes", "y": "yes"}, {"x": "one", "y": "no"}])
+    assert solution.answer(questions) == [Answer("yes", True, 1), Answer("one", False, 2)]
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a@b", "a,b", "a b", "a\nb"])
 def test_a_name_that_could_be_no_folder_or_option(name: str) -> None:
-    with pytest.raises(ConfigError, match="is not a valid name for a method"):
+    with pytest.raises(ConfigError, match="not a valid name"):
         Methods().register(name, describe="")
 
 
@@ -61,13 +56,13 @@ def test_the_control_of_a_trained_method() -> None:
     assert control.describe == "it learns; backbone with random weights"
     assert not mine.find("learns").seeded
     for wrong in ("knows@random-weights", "learns@shuffled", "learns@", "learns@random-weights@random-weights"):
-        with pytest.raises(ConfigError, match=f"'{wrong}': only @random-weights may follow"):
+        with pytest.raises(ConfigError, match=f"'{wrong}'.*@random-weights"):
             mine.find(wrong)
-    with pytest.raises(ConfigError, match=r"unknown method 'learn'\. Did you mean 'learns'\? Known: learns, knows"):
+    with pytest.raises(ConfigError, match=r"'learn'.*'learns'"):
         mine.find("learn@random-weights")
 
 
-def test_what_people_call_a_method_finds_it() -> None:
+def test_a_short_name_finds_a_method() -> None:
     assert METHODS.find("lora") is METHODS["manual+lora"]
     assert METHODS.find("lora lora_rank=4").name == "manual+lora lora_rank=4"
     assert METHODS.find("lora@random-weights").name == "manual+lora@random-weights"
@@ -105,8 +100,7 @@ def test_the_methods_that_run_if_none_are_named(suite: str, names: list[str]) ->
     assert methods.default_for(suite) == names
 
 
-def test_a_method_of_ones_own_imports_from_the_room() -> None:
-    """As docs/compare.md tells users."""
+def test_a_method_of_ones_own_imports_from_the_package() -> None:
     assert (ptuning.method.Solution, ptuning.method.Task, ptuning.method.Setup) == (Solution, Task, Setup)
-    with pytest.raises(AttributeError, match="has no attribute 'Solutions'"):
+    with pytest.raises(AttributeError, match="'Solutions'"):
         getattr(ptuning.method, "Solutions")  # noqa: B009

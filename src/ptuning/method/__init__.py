@@ -1,8 +1,8 @@
 """The methods of a comparison: majority, manual prompt, in-context examples, P-tuning, fine-tuning and LoRA.
 
-One file a method, and one list of all (``registry``). This room must not import comparisons or reports.
+``registry`` lists them. This package must not import comparisons or reports.
 
-Read first: ``base``, ``registry``, then a method such as ``majority``; ``tuned`` holds all that train.
+Read first: ``base``, ``registry``, ``untrained``, ``tuned``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ __all__ = ["Setup", "Solution", "Task"]
 
 
 def __getattr__(name: str) -> object:
-    """Return what a method of one's own needs; loaded on first use, because it imports torch."""
     if name not in __all__:
         raise AttributeError(f"module 'ptuning.method' has no attribute '{name}'")
-    from ptuning.method import base
+    from ptuning.method import base  # imports torch
 
     return getattr(base, name)

@@ -1,11 +1,11 @@
-"""What a method gets (`Task`, `Setup`), what it returns (`Solution`), and the list of all methods (`Methods`)."""
+"""The input of a method (`Task`, `Setup`), its result (`Solution`), and the list of all methods (`Methods`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import (
@@ -26,20 +26,21 @@ from ptuning.metrics import Answer
 from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, is_folder_name
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.records import Record
+from ptuning.template.kinds import PromptKind
 from ptuning.template.labels import LabelWords
-from ptuning.template.language import Template
+from ptuning.template.language import Template, TextSlots
 
 if TYPE_CHECKING:
     from ptuning.training.spec import FleetPrompt
 
 
-# What people call some methods -> their names.
+# Common name of a method -> its name.
 SHORT_NAMES: Mapping[str, str] = {"lora": "manual+lora"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method may see of a task: everything except its test part.
+    """The parts of a task that a method may see: all but its test part.
 
     Args:
         name: Such as ``P36``.
@@ -71,7 +72,7 @@ class Task:
 
     @property
     def answer_space(self) -> AnswerSpace:
-        """What its questions are answered with."""
+        """The set of its answers."""
         own = self.file.answer_space if self.file is not None else AnswerSpace()
         return own if self.words is None else replace(own, words=self.words)
 
@@ -82,9 +83,9 @@ class Task:
 
     @property
     def scoring(self) -> dict[str, Json]:
-        """How written answers come about and are scored, as far as results depend on it."""
-        found: dict[str, Json] = {"metric that chooses": self.text_metrics[0]} if self.text_metrics else {}
-        return found | ({"num_beams": self.num_beams} if self.num_beams > 1 else {})
+        """The way generated answers are made and scored, as far as results depend on it."""
+        scoring: dict[str, Json] = {"metric that chooses": self.text_metrics[0]} if self.text_metrics else {}
+        return scoring | ({"num_beams": self.num_beams} if self.num_beams > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Method:
         fit: Fits on the training and development part of a task.
         trained: Whether it trains weights. Only then ``tries`` and the control with random weights apply.
         learns_slots: Whether it learns a prompt. Reports compare the first such method with the manual prompt.
-        train_backbone: What it trains of the backbone; None if unknown. Methods that train less run first.
+        train_backbone: The part of the backbone that it trains; None if unknown. Methods that train less run first.
         seeded: Whether its result depends on the seed. Other methods run once.
         reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
         reads_manual: Whether it reads the words of the manual template. If not, a relation need not have one.
@@ -154,9 +155,9 @@ class Method:
         labels_only: Whether it is for labels only, of which not every task has some. ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         settings: Training settings in which it differs from the comparison's.
-        fixed: Training settings that are its own whatever the comparison's are, or change nothing for it.
-        prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
-            many tasks beforehand.
+        kind: The kind of the prompt that it learns, whose settings are fixed; None for P-tuning and other methods.
+        prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that those of many tasks can be
+            trained together beforehand.
     """
 
     name: str
@@ -172,19 +173,19 @@ class Method:
     labels_only: bool = False
     default_for: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
-    fixed: Collection[str] = ()
+    kind: PromptKind | None = None
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
-
-    @property
-    def facts(self) -> TrainingFacts:
-        """Facts that decide which settings act on it; a learned template may have slots of any kind."""
-        learns = self.learns_slots
-        return TrainingFacts(self.train_backbone, has_slots=learns, has_deep=learns, has_examples=learns)
 
     def depends_on(self, setting: str) -> bool:
         """Whether a training setting of the comparison changes its result."""
-        acts = acts_on(setting, self.facts)
-        return self.trained and acts and setting not in self.fixed
+        if not self.trained or (self.kind is not None and setting in self.kind.settings):
+            return False
+        learns = deep = examples = self.learns_slots  # a learned template may have slots of any sort
+        if self.kind is not None:
+            deep, examples = self.kind.front.deep, isinstance(self.kind.front, TextSlots)
+            learns = self.kind.learns_words or not deep
+        facts = TrainingFacts(self.train_backbone, has_slots=learns, has_deep=deep, has_examples=examples)
+        return acts_on(setting, facts)
 
     def varied(self, name: str, value: Setting) -> Method:
         """Return the method with another value of a setting; a ConfigError if it does not train with it."""
@@ -206,16 +207,7 @@ class Methods(dict[str, Method]):
     """
 
     def register(
-        self,
-        name: str,
-        *,
-        describe: str,
-        trained: bool = False,
-        learns_slots: bool = False,
-        seeded: bool = False,
-        reads_train: bool = True,
-        reads_manual: bool = True,
-        prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None,
+        self, name: str, *, describe: str, **options: Any
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method. The arguments are those of :class:`Method`.
 
@@ -228,17 +220,7 @@ class Methods(dict[str, Method]):
             raise ConfigError(f"'{name}' is not a valid name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self[name] = Method(
-                name,
-                describe,
-                fit,
-                trained,
-                learns_slots,
-                seeded=seeded,
-                reads_train=reads_train,
-                reads_manual=reads_manual,
-                prompts=prompts,
-            )
+            self[name] = Method(name, describe, fit, **options)
             return fit
 
         return add
@@ -269,7 +251,7 @@ class Methods(dict[str, Method]):
 
     @property
     def every(self) -> list[str]:
-        """The names of the methods that ``all`` stands for."""
+        """The names of the methods that ``all`` means."""
         return [name for name, method in self.items() if not method.labels_only]
 
     def default_for(self, suite: str) -> list[str]:

@@ -42,17 +42,17 @@ def head_template(task: Task, *, kind: Kind) -> Template:
 
 
 def head_items(bound: TokenizedTemplate, questions: Questions, answers: AnswerSpace) -> list[ScoringRequest]:
-    """Return one item per question: one input whose classes are the labels, or one input per choice."""
+    """Return one request per question: one input whose classes are the labels, or one input per choice."""
     rows = [filled for question in questions for filled in _filled(question, answers)]
     filled = bound.contexts(rows, source=questions.name)
-    examples = iter([_at_summary(one, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for one in filled])
+    examples = iter([_at_summary(row, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for row in filled])
     items = []
     unknown_id = bound.tokenizer.unknown_id
     for question in questions:
         inputs = tuple(next(examples) for _ in _filled(question, answers))
         if answers.has_choices:
             known = [is_known(tuple(ids), unknown_id) for ids in bound.tokenizer.encode(question.choices)]
-            choices = tuple(Continuation(place, (1,), 1, one) for place, one in enumerate(known))
+            choices = tuple(Continuation(place, (1,), 1, is_distinct) for place, is_distinct in enumerate(known))
         else:
             choices = tuple(Continuation(0, (label,), 1) for label in range(len(answers.labels)))
         items.append(ScoringRequest(inputs, choices, tuple(range(len(choices))), answers.right(question)))
@@ -67,7 +67,7 @@ def _filled(question: Question, answers: AnswerSpace) -> list[Record]:
 
 def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example:
     """Move the scored position to the token that summarises the text: the first one for a masked model, the last one
-    for the others. A decoder reads the text again behind its start token, up to the end of the text.
+    for the others. A decoder reads the text again after its start token, up to the end of the text.
 
     Source: Devlin et al. (2019), section 4.1; Radford et al. (2018), section 3.2; Lewis et al. (2020), section 3.1;
         ``XLNetForSequenceClassification`` and ``T5ForSequenceClassification`` of transformers.

@@ -1,14 +1,9 @@
-"""The list of all methods: `METHODS`, which is `ptuning.methods`. A new method of the package gets its line here."""
+"""The list of all methods: `METHODS`, which is `ptuning.methods`. A new method of the package is listed here."""
 
 from __future__ import annotations
 
 from ptuning.method.base import Methods
-from ptuning.method.in_context import IN_CONTEXT
-from ptuning.method.majority import MAJORITY
-from ptuning.method.manual import MANUAL_PROMPT, MANUAL_RESTRICTED
 from ptuning.method.tuned import TUNED
+from ptuning.method.untrained import UNTRAINED
 
-# In the order of tables.
-METHODS = Methods({one.name: one for one in (MAJORITY, MANUAL_PROMPT, MANUAL_RESTRICTED, IN_CONTEXT, *TUNED)})
-# Its public name.
-methods = METHODS
+METHODS = methods = Methods({method.name: method for method in (*UNTRAINED, *TUNED)})

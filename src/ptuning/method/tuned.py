@@ -11,20 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from ptuning.config import NEEDS, TrainBackbone, TrainingFacts, acts_on
+from ptuning.config import TrainBackbone
 from ptuning.data.checks import Report
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.classification_head import HeadModel
-from ptuning.method.manual import answering
+from ptuning.method.untrained import answering
 from ptuning.names import ALONG, LEARNED, MANUAL, RUN, remove
 from ptuning.progress import named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.kinds import KINDS, PromptKind
-from ptuning.template.language import Field, Literal, Piece, Target, Template, TextSlots
+from ptuning.template.language import Field, Literal, Piece, Target, Template
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
 from ptuning.training.spec import FleetPrompt
@@ -96,51 +96,49 @@ def _rate(train_backbone: TrainBackbone, template: Template) -> str:
     return "deep_lr" if train_backbone in ("none", "head") and template.has_deep else RATES[train_backbone]
 
 
-def _learn(
-    task: Task, setup: Setup, template: Template, *, train_backbone: TrainBackbone, kind: PromptKind | None = None
-) -> Solution:
+def _learn(task: Task, setup: Setup, prompts: Sequence[FleetPrompt], *, train_backbone: TrainBackbone) -> Solution:
     """Train with each learning rate, as ``ptuning train`` does, and answer with the one best on the development part.
     Only files that hold all weights of a backbone are removed.
     """
-    setting = _rate(train_backbone, template)
+    setting = _rate(train_backbone, cast("Template", prompts[0].template))
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
-        share, disk = (
-            setup.config.adapted(train_backbone=train_backbone).prefix_cache_share,
-            setup.config.prefix_cache_bytes,
-        )
-        cache = PrefixCache(setup.backbone, memory_share=share, disk_bytes=disk)
+        share = setup.config.adapted(train_backbone=train_backbone).prefix_cache_share
+        cache = PrefixCache(setup.backbone, memory_share=share, disk_bytes=setup.config.prefix_cache_bytes)
         prefix_cache = temporary.enter_context(cache)
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
-        for one in _tried(task, setup, template, train_backbone=train_backbone, kind=kind):
-            result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
-                report=named(setup.report, one.name), should_stop=setup.should_stop, prefix_cache=prefix_cache
+        for prompt in prompts:
+            result = TrainingRun(prepare(prompt, setup.backbone), out=folder / prompt.name, resume=True).train(
+                report=named(setup.report, prompt.name), should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
             records.append(result.record)
             score, loss = (result.prompt.scores[name] for name in (task.answer_space.score_name, "loss"))
-            score = _judged(task, result.record, score)
-            rate = getattr(one.settings, setting)
+            if task.text_metrics:  # the first one in the chosen epoch
+                epochs = _evaluations(result.record)
+                score = epochs[cast("int", result.record["chosen_epoch"])].get(f"dev_{task.text_metrics[0]}", score)
+            rate = getattr(prompt.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # frees its weights before the next copy of the backbone is made
         best = _best(tried)
-        prompt = Prompt.load(folder / f"try-{best + 1}")
-        model = PromptModel(setup.backbone).for_prompt(prompt)
-        for number in range(1, len(tried) + 1) if train_backbone == "full" else ():
-            remove(folder / f"try-{number}", RUN)
-    return answering(task, setup, model, prompt, closed=task.vocabulary, **_noted(tried, records[best]))
+        chosen = Prompt.load(folder / prompts[best].name)
+        model = PromptModel(setup.backbone).for_prompt(chosen)
+        for prompt in prompts if train_backbone == "full" else ():
+            remove(folder / prompt.name, RUN)
+    return answering(task, setup, model, chosen, closed=task.vocabulary, **_noted(tried, records[best]))
 
 
 def _fine_tune(task: Task, setup: Setup) -> Solution:
     """Train all weights on the fields and the target alone; with a classification head for labels and choices."""
     if not task.answer_space.is_closed:
-        return _learn(task, setup, bare(task.manual), train_backbone="full")
+        prompts = _tried(task, setup, bare(task.manual), train_backbone="full")
+        return _learn(task, setup, prompts, train_backbone="full")
     tried: list[dict[str, Json]] = []
     best: HeadModel | None = None
     for number, factor in enumerate(tried_factors(setup.tries), start=1):
         rate = setup.config.backbone_lr * factor
-        told = replace(setup, report=named(setup.report, f"try-{number}"))
-        model = HeadModel(task, told, setup.config.adapted(seed=setup.seed, train_backbone="full", backbone_lr=rate))
+        watched = replace(setup, report=named(setup.report, f"try-{number}"))
+        model = HeadModel(task, watched, setup.config.adapted(seed=setup.seed, train_backbone="full", backbone_lr=rate))
         tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
         if _best(tried) == len(tried) - 1:
             best = model
@@ -153,7 +151,7 @@ def _noted(tried: Sequence[dict[str, Json]], record: Mapping[str, Json]) -> dict
     """Return the record of a cell: what was tried, and the history of the best training, and a warning if stuck."""
     kept: dict[str, Json] = {"tried": list(tried), "chosen": tried[_best(tried)]}
     kept |= {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
-    text = stuck(cast("Sequence[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])]))
+    text = stuck(_evaluations(record))
     return {**kept, **({"warnings": [text]} if text else {})}
 
 
@@ -162,85 +160,59 @@ def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
     every row of the development part, and not every row has that class.
     """
     longest = run = 0
-    for one in evaluations:
-        run = run + 1 if one.get("guessed_classes") == 1 and one["dev_score"] < 1 else 0
+    for evaluation in evaluations:
+        run = run + 1 if evaluation.get("guessed_classes") == 1 and evaluation["dev_score"] < 1 else 0
         longest = max(longest, run)
     if longest < STUCK_EVALUATIONS:
         return None
     return f"{longest} evaluations in a row guessed one class for every row of the development part"
 
 
-def _judged(task: Task, record: Mapping[str, Json], score: float) -> float:
-    """Return what tries are chosen by: the first metric for texts of the chosen epoch, or the share of hits."""
-    if not task.text_metrics:
-        return score
-    epochs = cast("list[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])])
-    return epochs[cast("int", record["chosen_epoch"])].get(f"dev_{task.text_metrics[0]}", score)
+def _evaluations(record: Mapping[str, Json]) -> list[Mapping[str, float]]:
+    """Return the evaluations of a training: that of the start, then one for each epoch."""
+    return cast("list[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])])
 
 
 def _best(tried: Sequence[dict[str, Json]]) -> int:
     """Return the index of the highest development score; on a tie of the lowest loss, then of the earliest try."""
-    keys = [(cast("float", one["dev_score"]), -cast("float", one["dev_loss"])) for one in tried]
+    keys = [(cast("float", setting["dev_score"]), -cast("float", setting["dev_loss"])) for setting in tried]
     return keys.index(max(keys))
 
 
-def _with_template(
-    train_backbone: TrainBackbone, describe: str, *, learns_slots: bool, default_for: tuple[str, ...] = ()
+def _trained(
+    train_backbone: TrainBackbone,
+    describe: str,
+    *,
+    learns_slots: bool = True,
+    kind: PromptKind | None = None,
+    default_for: tuple[str, ...] = (),
 ) -> Method:
-    """Return the method that trains on a task's learned template (``learns_slots``) or on its manual one."""
-
-    def template(task: Task) -> Template:
-        return task.template if learns_slots else task.manual
-
-    def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), train_backbone=train_backbone)
+    """Return the method that trains on a task's learned template (``learns_slots``) or on its manual one, or that
+    learns a prompt of another ``kind``.
+    """
 
     def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), train_backbone=train_backbone)
+        template = task.template if learns_slots else task.manual
+        if kind is not None:
+            template = kind.template(task.manual, task.template)
+        return _tried(task, setup, template, train_backbone=train_backbone, kind=kind)
 
+    def fit(task: Task, setup: Setup) -> Solution:
+        return _learn(task, setup, prompts(task, setup), train_backbone=train_backbone)
+
+    name = kind.name if kind is not None else LEARNED if learns_slots else MANUAL
     return Method(
-        (LEARNED if learns_slots else MANUAL) + ALONG[train_backbone],
+        name + ALONG[train_backbone],
         describe,
         fit,
         trained=True,
         learns_slots=learns_slots,
         train_backbone=train_backbone,
         seeded=True,
-        reads_manual=not learns_slots,
+        reads_manual=not (learns_slots and (kind is None or kind.learns_words)),
         labels_only=train_backbone == "head",
         default_for=default_for,
-        prompts=prompts if train_backbone == "none" else None,
-    )
-
-
-def _of_kind(kind: PromptKind, train_backbone: TrainBackbone = "none") -> Method:
-    """Return the method that learns a prompt of another kind over the frozen backbone, with a head or without."""
-
-    def template(task: Task) -> Template:
-        return kind.template(task.manual, task.template)
-
-    def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), train_backbone=train_backbone, kind=kind)
-
-    def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), train_backbone=train_backbone, kind=kind)
-
-    deep = kind.front.deep
-    has_examples = isinstance(kind.front, TextSlots)
-    facts = TrainingFacts(
-        train_backbone, has_slots=kind.learns_words or not deep, has_deep=deep, has_examples=has_examples
-    )
-    return Method(
-        kind.name + ALONG[train_backbone],
-        f"{kind.describe}, backbone frozen{', classification head' if train_backbone == 'head' else ''}",
-        fit,
-        trained=True,
-        learns_slots=True,
-        train_backbone=train_backbone,
-        seeded=True,
-        reads_manual=not kind.learns_words,
-        labels_only=train_backbone == "head",
-        fixed=(*kind.settings, *(name for name in NEEDS if not acts_on(name, facts))),
+        kind=kind,
         prompts=prompts if train_backbone == "none" else None,
     )
 
@@ -248,12 +220,7 @@ def _of_kind(kind: PromptKind, train_backbone: TrainBackbone = "none") -> Method
 # In the order of tables. Sources: Liu et al. (2021), section 3 (P-tuning), 4.1 (FT, MP+FT), 4.2 (all weights trained
 # together with the prompt, and FT with a head); Hu et al. (2021), section 4 (LoRA).
 TUNED = (
-    _with_template(
-        "none",
-        "the learned prompt, backbone frozen",
-        learns_slots=True,
-        default_for=("compare", "lama", "superglue"),
-    ),
+    _trained("none", "the learned prompt, backbone frozen", default_for=("compare", "lama", "superglue")),
     Method(
         "fine-tuning",
         "subject and target only, all weights trained (FT)",
@@ -264,13 +231,15 @@ TUNED = (
         reads_manual=False,
         default_for=("superglue",),
     ),
-    _with_template(
-        "full", "the manual prompt, all weights trained (MP+FT)", learns_slots=False, default_for=("superglue",)
+    _trained("full", "the manual prompt, all weights trained (MP+FT)", learns_slots=False, default_for=("superglue",)),
+    _trained("full", "the learned prompt, all weights trained along"),
+    _trained("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
+    _trained("lora", "the learned prompt, adapters trained along"),
+    *(_trained("none", f"{kind.describe}, backbone frozen", kind=kind) for kind in KINDS.values()),
+    _trained("head", "the learned prompt with a classification head, backbone frozen"),
+    _trained(
+        "head",
+        f"{KINDS['p-tuning-v2'].describe}, backbone frozen, classification head",
+        kind=KINDS["p-tuning-v2"],
     ),
-    _with_template("full", "the learned prompt, all weights trained along", learns_slots=True),
-    _with_template("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
-    _with_template("lora", "the learned prompt, adapters trained along", learns_slots=True),
-    *map(_of_kind, KINDS.values()),
-    _with_template("head", "the learned prompt with a classification head, backbone frozen", learns_slots=True),
-    _of_kind(KINDS["p-tuning-v2"], "head"),
 )
