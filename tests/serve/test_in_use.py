@@ -64,7 +64,7 @@ def test_answers_are_those_of_the_prompt_that_a_request_began_with(causal: Backb
             elif turn % 5 == 3:
                 registry.reload()
             else:
-                registry.replace("name", f"v{turn % VERSIONS}")
+                registry.load("name", f"v{turn % VERSIONS}", replaces=True)
 
     def ask() -> None:
         for turn in itertools.count():

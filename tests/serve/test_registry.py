@@ -106,7 +106,7 @@ def test_a_prompt_is_named_by_its_path_in_the_folder(tmp_path: Path) -> None:
     run = registry.get("run")
     assert (run.name, run.folder) == ("run", folder / "run")
     assert run.sha256 == hashlib.sha256((folder / "run" / "prompt" / MANIFEST_FILE).read_bytes()).hexdigest()
-    paths = [registry.path_of(served) for served in registry.served.values()]
+    paths = [registry.path_of(served.folder) for served in registry.served.values()]
     assert paths == ["x", "run", "sentiment", "team/topic.v2"]
     assert registry_of(folder / "sentiment").reload().added == ("sentiment",), "a folder that is a prompt itself"
     assert base_name_of(str(folder)) == "prompts"
@@ -195,7 +195,7 @@ def test_an_unknown_name_is_an_error_and_never_the_base(tmp_path: Path) -> None:
     with pytest.raises(UnknownPromptError, match="'topic'"):
         registry.unload("topik")
     with pytest.raises(UnknownPromptError, match="'topic'"):
-        registry.replace("topik", "topic")
+        registry.load("topik", "topic", replaces=True)
 
 
 BAD_PARTS = [
@@ -317,7 +317,7 @@ def test_files_that_lie_are_refused_and_pickles_never_read(tmp_path: Path) -> No
         with pytest.raises(PromptError, match="'x' cannot be loaded"):
             registry.load("x", name)
         with pytest.raises(PromptError, match="'next-to-torch' cannot be loaded"):
-            registry.replace("next-to-torch", name)
+            registry.load("next-to-torch", name, replaces=True)
     assert versions(registry) == {"next-to-pickle": 0, "next-to-torch": 0}
     assert not exploded.exists()
 
@@ -430,8 +430,11 @@ def test_nothing_changes_while_the_service_ends(tmp_path: Path) -> None:
             raise StoppedError("the engine has failed")
 
     registry = loaded(tmp_path, "a", check=check)
-    calls: list[Callable[[], object]] = [lambda: registry.load("b", "a"), lambda: registry.replace("a", "a"),
-                                         lambda: registry.reload()]  # fmt: skip
+    calls: list[Callable[[], object]] = [
+        lambda: registry.load("b", "a"),
+        lambda: registry.load("a", "a", replaces=True),
+        registry.reload,
+    ]
     save(tmp_path / "a", 1)
     for call in calls:
         with pytest.raises(StoppedError):
@@ -510,11 +513,11 @@ class Prompts(RuleBasedStateMachine):
     def replace(self, name: str, path: str) -> None:
         version = self.loads(path)
         if name not in self.expected:
-            self.fails(UnknownPromptError, self.registry.replace, name, path)
+            self.fails(UnknownPromptError, self.registry.load, name, path, replaces=True)
         elif version is None:
-            self.fails(PromptError, self.registry.replace, name, path)
+            self.fails(PromptError, self.registry.load, name, path, replaces=True)
         else:
-            self.registry.replace(name, path)
+            self.registry.load(name, path, replaces=True)
             self.expected[name] = version, path
 
     @rule(name=NAMES)
@@ -561,9 +564,9 @@ class Prompts(RuleBasedStateMachine):
         if hasattr(self, "registry"):
             assert versions(self.registry) == {name: version for name, (version, _) in self.expected.items()}
 
-    def fails(self, kind: type[PTuningError], call: Callable[..., object], *given: str) -> None:
+    def fails(self, kind: type[PTuningError], call: Callable[..., object], *given: str, **named: bool) -> None:
         with pytest.raises(kind):
-            call(*given)
+            call(*given, **named)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):

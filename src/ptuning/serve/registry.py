@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from ptuning.errors import FileError, PromptError, PTuningError, closest, cut
-from ptuning.files import Json, file_error, read_bytes, read_json, sha256
+from ptuning.files import file_error, read_bytes, read_json, sha256
 from ptuning.names import MANIFEST_FILE, MAX_MANIFEST_BYTES, PROMPT_FOLDER, VECTORS_FILE
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.storage import ATTEMPTS, NAME_PARTS, has_prompt, manifest_of, prompt_folders
@@ -104,63 +103,58 @@ class Registry:
         self._named = {self._allowed(name): Path(os.path.abspath(path)) for name, path in (named or {}).items()}
         self._lock = threading.Lock()  # held by whoever changes something
         self._closed = False
-        # Both are replaced and never changed, so that readers need no lock.
-        self._served: Mapping[str, Served] = MappingProxyType({})
-        self._failures: Mapping[str, str] = MappingProxyType({})
-
-    @property
-    def served(self) -> Mapping[str, Served]:
-        """Prompts in service at this moment, by name; the mapping does not change afterwards."""
-        return self._served
-
-    @property
-    def failures(self) -> Mapping[str, str]:
-        """Prompts that could not be loaded at the last reload: name -> message."""
-        return self._failures
+        # Name -> prompt in service, and name -> message of those that could not be loaded at the last reload. Both are
+        # replaced and never changed, so that readers need no lock.
+        self.served: Mapping[str, Served] = {}
+        self.failures: Mapping[str, str] = {}
 
     def get(self, name: str) -> Served:
         """Return the prompt of a name; an UnknownPromptError with a similar name if there is none."""
-        served = self._served
+        served = self.served
         if name not in served:
             # Comparing takes time, and clients may send any name.
             similar = (known for known in served if known[:1].lower() == name[:1].lower())
             hint = closest(name, itertools.islice(similar, COMPARED_NAMES)) if len(name) <= 200 else ""
-            broken = " Its folder is there, and could not be loaded." if name in self._failures else ""
+            broken = " Its folder is there, and could not be loaded." if name in self.failures else ""
             raise UnknownPromptError(f"there is no prompt '{cut(name)}' here.{broken}{hint}")
         return served[name]
 
-    def path_of(self, served: Served) -> str:
-        """Return a prompt's path in the folder of prompts; of one from elsewhere, only its folder's name."""
-        if self._root is None or not served.folder.is_relative_to(self._root):
-            return served.folder.name
-        return served.folder.relative_to(self._root).as_posix()
-
-    def load(self, name: str, path: str) -> Served:
-        """Load a prompt under a new name.
+    def load(self, name: str, path: str, *, replaces: bool = False) -> Served:
+        """Load a prompt under a new name, or in the place of another one, with which running requests end.
 
         Raises:
             RefusedNameError: If the name is not allowed, or the path is not one inside of the folder of prompts.
             ConflictError: If the name is taken.
-            PromptError: If the prompt cannot be read, has weights of its own, or does not fit the model.
+            UnknownPromptError: If there is none to replace.
+            PromptError: If the prompt cannot be read, has weights of its own, or does not fit the model; the one in
+                service stays.
             StoppedError: If the service is about to end.
         """
-        folder = self._inside(path, name=self._allowed(name))
+        if self._root is None:
+            message = f"'{cut(name)}' cannot be loaded: there is no folder of prompts (--prompts)"
+            raise RefusedNameError(message, param="path")
+        # Tools may give the absolute path; what follows the folder of prompts is checked all the same.
+        inner = path.removeprefix(f"{self._root}/").rstrip("/")
+        if not replaces:
+            self._allowed(name)
+        if not _is_name(inner, PATH_PARTS):
+            message = f"{cut(repr(path))} is not a path in the folder of prompts; it has {NAME_RULE}"
+            raise RefusedNameError(message, param="path")
         with self._changing():
-            if name in self._served:
+            if replaces:
+                self.get(name)
+            elif name in self.served:
                 raise ConflictError(f"'{name}' is in service already; replace it (PUT), or choose another name")
-            return self._put(name, path, folder)
-
-    def replace(self, name: str, path: str) -> Served:
-        """Replace the prompt of a name; running requests end with the old one.
-
-        Raises:
-            UnknownPromptError: If there is no prompt of this name.
-            PTuningError: As for :meth:`load`; the prompt in service stays.
-        """
-        folder = self._inside(path, name=name)
-        with self._changing():
-            self.get(name)
-            return self._put(name, path, folder)
+            if _is_gone(self._root / inner):
+                raise PromptError(f"'{name}' cannot be loaded: there is no '{path}' in the folder of prompts")
+            try:
+                new = self._read(name, self._root / inner)
+            except StoppedError:
+                raise
+            except PTuningError as error:
+                raise PromptError(f"'{name}' cannot be loaded: {self._message(error)}") from error
+            self._publish(name, new)
+            return new
 
     def unload(self, name: str) -> Served:
         """Take a prompt out of service, and return it; its files stay, and running requests go on with it.
@@ -182,10 +176,14 @@ class Registry:
             StoppedError: If the service is about to end.
         """
         with self._changing():
-            folders = {**self._on_disk(), **self._named}
+            try:
+                listed = [] if self._root is None else list(prompts_in(self._root))
+            except OSError as error:
+                raise file_error("read", Path(str(self._root)), error) from error
+            folders = {self.path_of(folder): folder for folder in listed} | self._named
             changes: dict[str, list[str]] = {"added": [], "changed": [], "removed": []}
             failures: dict[str, str] = {}
-            for name in sorted({*folders, *self._served}):
+            for name in sorted({*folders, *self.served}):
                 try:
                     change = self._reload_one(name, folders.get(name))
                     if change is not None:
@@ -194,7 +192,7 @@ class Registry:
                     raise
                 except Exception as error:  # noqa: BLE001 - one broken prompt must not keep the others out
                     failures[name if name.isprintable() else ascii(name)[1:-1]] = self._message(error)
-            self._failures = MappingProxyType(failures)
+            self.failures = failures
             added, changed, removed = (tuple(names) for names in changes.values())
             return Changes(added, changed, removed, failures)
 
@@ -211,7 +209,7 @@ class Registry:
 
     def _reload_one(self, name: str, folder: Path | None) -> str | None:
         """Make one prompt equal to the disk, and return the kind of change."""
-        old = self._served.get(self._allowed(name))
+        old = self.served.get(self._allowed(name))
         folder = old.folder if old is not None else folder
         if folder is None or (old is not None and old.stamp == _stamp(folder)):
             return None
@@ -225,34 +223,15 @@ class Registry:
         self._publish(name, new)
         return "added" if old is None else "changed"
 
-    def _on_disk(self) -> dict[str, Path]:
-        if self._root is None:
-            return {}
-        try:
-            folders = list(prompts_in(self._root))
-        except OSError as error:
-            raise file_error("read", self._root, error) from error
-        return {
-            folder.name if folder == self._root else folder.relative_to(self._root).as_posix(): folder
-            for folder in folders
-        }
-
-    def _put(self, name: str, path: str, folder: Path) -> Served:
-        if _is_gone(folder):
-            raise PromptError(f"'{name}' cannot be loaded: there is no '{path}' in the folder of prompts")
-        try:
-            new = self._read(name, folder)
-        except StoppedError:
-            raise
-        except PTuningError as error:
-            raise PromptError(f"'{name}' cannot be loaded: {self._message(error)}") from error
-        self._publish(name, new)
-        return new
-
     def _publish(self, name: str, new: Served | None) -> None:
-        served = {**self._served, name: new}
-        self._served = MappingProxyType({other: prompt for other, prompt in served.items() if prompt is not None})
-        self._failures = MappingProxyType({other: why for other, why in self._failures.items() if other != name})
+        others = {other: served for other, served in self.served.items() if other != name}
+        self.served = others if new is None else {**self.served, name: new}
+        self.failures = {other: message for other, message in self.failures.items() if other != name}
+
+    def path_of(self, folder: Path) -> str:
+        """Return a prompt's path in the folder of prompts; of one from elsewhere, only its folder's name."""
+        is_inside = self._root is not None and self._root in folder.parents
+        return folder.relative_to(str(self._root)).as_posix() if is_inside else folder.name
 
     def _allowed(self, name: str) -> str:
         if not _is_name(name, NAME_PARTS):
@@ -262,31 +241,26 @@ class Registry:
             raise RefusedNameError(f"'{name}' is the name of the base model; choose another one", param="name")
         return name
 
-    def _inside(self, path: str, *, name: str) -> Path:
-        """Return the folder of a path in the folder of prompts."""
-        if self._root is None:
-            message = f"'{cut(name)}' cannot be loaded: there is no folder of prompts (--prompts)"
-            raise RefusedNameError(message, param="path")
-        # Tools may give the whole path; what follows the folder of prompts is checked all the same.
-        inner = path.removeprefix(f"{self._root}/").rstrip("/")
-        if not _is_name(inner, PATH_PARTS):
-            message = f"{cut(repr(path))} is not a path in the folder of prompts; it has {NAME_RULE}"
-            raise RefusedNameError(message, param="path")
-        return self._root / inner
-
     def _read(self, name: str, folder: Path) -> Served:
         """Read and check a prompt; links, sizes and weights are checked before vectors are read."""
         manifest = manifest_of(folder)
+        vectors = manifest.with_name(VECTORS_FILE)
         if self._named.get(name) != folder:
-            assert self._root is not None
-            root = os.path.realpath(self._root)
-            for path in (folder, manifest, manifest.with_name(VECTORS_FILE)):
+            root = os.path.realpath(str(self._root))
+            for path in (folder, manifest, vectors):
                 if os.path.commonpath((root, os.path.realpath(path))) != root:
                     message = "is a link out of the folder of prompts, and is not followed; copy the prompt"
                     raise FileError(f"{path} {message}")
         for _ in range(ATTEMPTS):
             stamp, before = _stamp(folder), read_bytes(manifest, at_most=MAX_MANIFEST_BYTES)
-            _check_files(read_json(manifest, at_most=MAX_MANIFEST_BYTES), folder, manifest.with_name(VECTORS_FILE))
+            if os.path.exists(vectors) and os.path.getsize(vectors) > MAX_VECTORS_BYTES:
+                limit = f"{MAX_VECTORS_BYTES:,} bytes of a prompt in service"
+                raise PromptError(f"{vectors} is larger than the {limit}; it is damaged")
+            if read_json(manifest, at_most=MAX_MANIFEST_BYTES).get("weights") is not None:
+                raise PromptError(
+                    f"{folder} has trained weights of the backbone in it, and one model in memory serves all prompts; "
+                    "train its slots alone (--train-backbone none), or use it by itself (ptuning predict)"
+                )
             prompt = Prompt.load(folder)
             if read_bytes(manifest, at_most=MAX_MANIFEST_BYTES) == before:
                 self._check(prompt)
@@ -309,19 +283,6 @@ def prompts_in(root: Path) -> Iterator[Path]:
     yield from ([root] if has_prompt(root) else prompt_folders(root))
 
 
-def _check_files(manifest: Mapping[str, Json], folder: Path, vectors: Path) -> None:
-    with contextlib.suppress(OSError):
-        if vectors.stat().st_size > MAX_VECTORS_BYTES:
-            raise PromptError(
-                f"{vectors} is larger than the {MAX_VECTORS_BYTES:,} bytes of a prompt in service; it is damaged"
-            )
-    if manifest.get("weights") is not None:
-        raise PromptError(
-            f"{folder} has trained weights of the backbone in it, and one model in memory serves all prompts; "
-            "train its slots alone (--train-backbone none), or use it by itself (ptuning predict)"
-        )
-
-
 def _is_name(name: str, max_parts: int) -> bool:
     parts = name.split("/") if len(name) <= max_parts * 129 else []
     return 0 < len(parts) <= max_parts and all(PART.fullmatch(part) for part in parts)
@@ -331,18 +292,15 @@ def _is_gone(folder: Path) -> bool:
     """Whether a folder no longer exists; one that cannot be looked at may exist."""
     try:
         folder.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
     stamp: list[int] = []
-    for inner in (folder, folder / PROMPT_FOLDER):
-        for name in (MANIFEST_FILE, VECTORS_FILE):
-            with contextlib.suppress(OSError):
-                status = (inner / name).stat()
-                stamp += status.st_ino, status.st_size, status.st_mtime_ns
+    for path in itertools.product((folder, folder / PROMPT_FOLDER), (MANIFEST_FILE, VECTORS_FILE)):
+        with contextlib.suppress(OSError):
+            status = Path(*path).stat()
+            stamp += status.st_ino, status.st_size, status.st_mtime_ns
     return tuple(stamp)

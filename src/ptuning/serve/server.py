@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,13 +25,11 @@ if TYPE_CHECKING:
     from ptuning.serve.engine.engine import Engine
     from ptuning.serve.registry import Registry
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_EXIT = 128
-# Seconds for finished answers to reach their clients, and of an idle connection between two requests.
+# Seconds for finished answers to reach their clients, and for an idle connection between two requests.
 LAST_SECONDS, IDLE_SECONDS = 5, 30
 BACKLOG = 512
 HEADER_BYTES = 32 << 10
-# Is given a function that ends the service as a signal does.
 OnReady = Callable[[Callable[[], None]], object]
 
 
@@ -49,21 +47,16 @@ def listen(host: str, port: int) -> socket.socket:
         ConfigError: If the port is taken, or the address is none of this machine's.
     """
     try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, number)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"'{host}' is no address to listen at (--host): {error.strerror}") from error
+    dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        if os.name == "posix":
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
-        listener.close()
         raise ConfigError(
             f"cannot listen at {host}, port {port}: {error.strerror}; choose another --port (0: any that is free)"
         ) from error
-    return listener
 
 
 def address_of(listener: socket.socket) -> str:
@@ -83,7 +76,7 @@ def run(
     on_hangup: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal comes, then drain: ``/ready`` and new requests get 503, and running requests have ``drain``
-    seconds to end. A second signal ends the process at once.
+    seconds to end. A second signal ends the process at once. Outside of the main thread, signals are not handled.
 
     Args:
         app: The application of :func:`~ptuning.serve.http.app.create_app`.
@@ -91,7 +84,7 @@ def run(
         registry: Accepts no changes while the service drains.
         listener: A listening socket.
         drain: Seconds for running requests.
-        on_ready: Called once connections are accepted, with what ends the service from any thread.
+        on_ready: Called once connections are accepted, with a function that ends the service as a signal does.
         on_hangup: Called in a thread at a SIGHUP; in a terminal, SIGHUP ends the process.
 
     Raises:
@@ -113,12 +106,9 @@ def run(
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
 
-    def drained() -> None:
-        registry.close()
-        if not engine.drain(drain):
-            engine.stop()
-
-    server = _Server(config, engine, drained, on_ready, on_hangup)
+    server = _Server(config)
+    server.engine, server.registry, server.drain = engine, registry, drain
+    server.on_ready, server.on_hangup = on_ready, on_hangup
     try:
         asyncio.run(server.serve(sockets=[listener]))
     finally:
@@ -130,56 +120,31 @@ def run(
 class _Server(uvicorn.Server):
     """uvicorn's server with the signals of :func:`run`."""
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        engine: Engine,
-        drained: Callable[[], None],
-        on_ready: OnReady,
-        on_hangup: Callable[[], None] | None,
-    ) -> None:
-        super().__init__(config)
-        self._engine, self._drained, self._on_ready, self._on_hangup = engine, drained, on_ready, on_hangup
-        self._signals = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._draining: asyncio.Future[None] | None = None
+    engine: Engine
+    registry: Registry
+    drain: float
+    on_ready: OnReady
+    on_hangup: Callable[[], None] | None
+    loop: asyncio.AbstractEventLoop
+    draining: asyncio.Future[None] | None = None
+    signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
-        self._on_ready(self.end)
+        if self.on_hangup is not None and threading.current_thread() is threading.main_thread() and _takes_hangup():
+            self.loop.add_signal_handler(signal.SIGHUP, self.loop.run_in_executor, None, self.on_hangup)
+        self.on_ready(self.end)
 
     async def on_tick(self, counter: int) -> bool:
         """Do what uvicorn does ten times a second, and end if the engine has failed."""
-        return await super().on_tick(counter) or self._engine.has_failed
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle signals, which only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
-        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hangup is not None and self._on_hangup is not None and _may_handle(hangup):
-            before[hangup] = signal.signal(hangup, self._handle_hangup)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle_hangup(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        loop, handler = self._loop, self._on_hangup
-        if loop is not None and handler is not None:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(lambda: loop.run_in_executor(None, handler))
+        return await super().on_tick(counter) or self.engine.has_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Handle a signal."""
-        self._signals += 1
-        if self._signals > 1:
+        self.signals += 1
+        if self.signals > 1:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
@@ -187,21 +152,30 @@ class _Server(uvicorn.Server):
         self.end()
 
     def end(self) -> None:
-        """Begin to drain."""
-        if self._loop is not None:
+        """Begin to drain, from any thread."""
+        if hasattr(self, "loop"):
             with contextlib.suppress(RuntimeError):  # after the end
-                self._loop.call_soon_threadsafe(self._begin_draining)
+                self.loop.call_soon_threadsafe(self._begin_draining)
 
     def _begin_draining(self) -> None:
+        def work() -> None:
+            self.registry.close()
+            if not self.engine.drain(self.drain):
+                self.engine.stop()
+
         async def drain() -> None:
-            await asyncio.to_thread(self._drained)
+            await asyncio.to_thread(work)
             self.should_exit = True
 
         self.config.loaded_app.state.service.phase = "draining"
-        self._draining = self._draining or asyncio.ensure_future(drain())
+        self.draining = self.draining or asyncio.ensure_future(drain())
 
 
-def _may_handle(hangup: signal.Signals) -> bool:
-    """Whether a SIGHUP is meant as a request. A terminal sends it when it is closed, and nohup ignores it."""
+def _takes_hangup() -> bool:
+    """Whether a SIGHUP is a request, which it is not on Windows, in a terminal, that sends it at its end, and under
+    nohup, which ignores it.
+    """
     streams = (stream for stream in (sys.stdin, sys.stderr) if stream is not None and not stream.closed)
-    return signal.getsignal(hangup) == signal.SIG_DFL and not any(stream.isatty() for stream in streams)
+    hangup = getattr(signal, "SIGHUP", None)
+    is_free = hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL
+    return is_free and not any(stream.isatty() for stream in streams)

@@ -79,7 +79,7 @@ def reload_prompts(request: Request) -> Response:
 def replace_prompt(name: str, body: PromptPath, request: Request) -> Response:
     """Replace the prompt of a name; running requests end with the old one."""
     registry = Service.of(request).registry
-    return JsonResponse(_describe(registry, registry.replace(name, body.path)))
+    return JsonResponse(_describe(registry, registry.load(name, body.path, replaces=True)))
 
 
 @router.delete("/v1/prompts/{name:path}")
@@ -94,7 +94,7 @@ def load_adapter(body: AdapterLoad, request: Request) -> Response:
     """Load a prompt as tools load a LoRA adapter into vLLM."""
     registry = Service.of(request).registry
     replaces = body.load_inplace and body.lora_name in registry.served
-    (registry.replace if replaces else registry.load)(body.lora_name, body.lora_path)
+    registry.load(body.lora_name, body.lora_path, replaces=replaces)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -117,7 +117,7 @@ def _describe(registry: Registry, served: Served) -> Body:
     return {
         "id": served.name,
         "object": "prompt",
-        "path": registry.path_of(served),
+        "path": registry.path_of(served.folder),
         "sha256": served.sha256,
         "loaded_at": int(served.loaded_at),
         "template": str(prompt.template),
