@@ -1,13 +1,11 @@
-"""Atomic writing (a temporary file is renamed), reading, and :class:`Unchecked` for values of JSON or TOML."""
+"""Atomic writing (a temporary file is renamed), reading, and checks of values of JSON or TOML against models."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -16,11 +14,9 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import pydantic
 
@@ -37,141 +33,10 @@ HASHED_BYTES = 2**22  # how much of a large file is read at a time
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 T = TypeVar("T")
-Word = TypeVar("Word", bound=str)
 MAX_JSON_BYTES = 2**30  # of a file of JSON that we wrote
 DEEPEST = 100  # lists and tables inside of each other in a file that is read; Python's own limit depends on the caller
 MOST_DOTS = 500  # in a line of TOML: a dotted key takes time that is quadratic in its parts
 LARGEST = 2**63 - 1  # of whole numbers in files; larger ones overflow where they become float
-
-
-@dataclass(frozen=True)
-class Unchecked:
-    """A value from JSON or TOML before any check. Each method checks it and returns it with its type. Messages begin
-    with ``where`` and end with ``advice``; ``path`` has the keys to the value, ``#2`` for the second one of a list.
-
-    >>> found = Unchecked({"name": "RTE", "files": {"dev": ["dev32"]}}, where="rte.toml")
-    >>> found.at("name").text(), found.at("files").at("dev").texts()
-    ('RTE', ['dev32'])
-    >>> found.at("files").at("dev").whole()
-    Traceback (most recent call last):
-    ptuning.errors.FileError: rte.toml: 'files.dev' must be a whole number, and is ["dev32"]
-    """
-
-    value: object
-    where: str = ""
-    error: type[PTuningError] = FileError
-    advice: str = ""
-    path: str = ""
-
-    def failure(self, message: str) -> PTuningError:
-        """Return an error about this value."""
-        start = f"{self.where}: " if self.where else ""
-        return self.error(f"{start}{message}{f'; {self.advice}' if self.advice else ''}")
-
-    def wrong(self, wanted: str) -> PTuningError:
-        """Return the error that says what the value must be, and what it is."""
-        shown = cut(json.dumps(self.value, ensure_ascii=False, default=str))
-        return self.failure(f"{repr(self.path) if self.path else 'it'} must be {wanted}, and is {shown}")
-
-    def at(self, key: str, default: object = None) -> Unchecked:
-        """Return the value at a key; ``default`` if there is none, or null."""
-        found = self.mapping().get(key)
-        return self._part(default if found is None else found, f"{self.path}.{key}" if self.path else key)
-
-    def optional(self, key: str, read: Callable[[Unchecked], T]) -> T | None:
-        """Read the value at a key; None if there is none, or null."""
-        found = self.at(key)
-        return None if found.value is None else read(found)
-
-    def mapping(self) -> Mapping[str, Json]:
-        """Return a mapping of names to values that stay unchecked."""
-        if not isinstance(self.value, Mapping):
-            raise self.wrong("a table of names and values")
-        return self.value
-
-    def table(self, *, known: Collection[str] | None = None) -> dict[str, Unchecked]:
-        """Return a mapping of names to values; with ``known``, names that are not among them are errors."""
-        for name in self.mapping():
-            if known is not None and name not in known:
-                key = f"{self.path}.{name}" if self.path else name
-                raise self.failure(f"unknown key '{key}'.{closest(name, known)} Known: {', '.join(known)}")
-        return {name: self.at(name) for name in self.mapping()}
-
-    def items(self) -> list[Unchecked]:
-        """Return the values of a list."""
-        if not isinstance(self.value, list):
-            raise self.wrong("a list")
-        return [self._part(one, f"{self.path} #{number}") for number, one in enumerate(self.value, start=1)]
-
-    def text(self, *, blank: bool = True) -> str:
-        """Return a text; one that is empty or all spaces only if ``blank``."""
-        if not isinstance(self.value, str) or not (blank or self.value.strip()):
-            raise self.wrong("text in quotation marks")
-        return self.value
-
-    def texts(self) -> list[str]:
-        """Return a list of texts."""
-        if not isinstance(self.value, list) or not all(isinstance(one, str) for one in self.value):
-            raise self.wrong('a list of texts, ["...", "..."]')
-        return self.value
-
-    def one_of(self, allowed: Sequence[Word]) -> Word:
-        """Return one of the texts that are allowed."""
-        found = next((word for word in allowed if word == self.value), None)
-        if found is None:
-            raise self.wrong(f"one of {', '.join(allowed)}")
-        return found
-
-    def flag(self) -> bool:
-        """Return true or false."""
-        if not isinstance(self.value, bool):
-            raise self.wrong("true or false")
-        return self.value
-
-    def whole(self, *, least: int | None = None) -> int:
-        """Return a whole number, which is not below ``least``."""
-        found, lowest = self.value, -LARGEST if least is None else least
-        if not isinstance(found, int) or isinstance(found, bool) or not lowest <= found <= LARGEST:
-            raise self.wrong("a whole number" if least is None else f"a whole number from {least}")
-        return found
-
-    def number(self, *, finite: bool = True) -> float:
-        """Return a number; one that is infinite or NaN only if not ``finite``."""
-        found = self.value
-        if isinstance(found, int) and not isinstance(found, bool) and abs(found) <= LARGEST:
-            found = float(found)
-        if not isinstance(found, float) or (finite and not math.isfinite(found)):
-            raise self.wrong("a number")
-        return found
-
-    def to(self, kind: type[T], **given: object) -> T:
-        """Read a data class, without the fields that are ``given``. What is missing or null is its default. Fields may
-        be texts, numbers, flags, ``Literal``, ``Json``, data classes, and mappings, lists and ``| None`` of these.
-        """
-        hints = _hints(kind)  # type: ignore[arg-type]  # a class has a hash
-        for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a data class
-            one = self.at(item.name)
-            has_default = item.default is not MISSING or item.default_factory is not MISSING
-            if item.name not in given and not (has_default and one.value is None):
-                given[item.name] = one._as(hints[item.name])
-        return kind(**given)
-
-    def _as(self, kind: Any) -> Any:
-        origin, of = get_origin(kind), [one for one in get_args(kind) if one is not NoneType]
-        if origin in (Union, UnionType):
-            # A union of several types is Json, which may be anything.
-            return self.value if self.value is None or len(of) > 1 else self._as(of[0])
-        if origin is Literal:
-            return self.one_of(of)
-        if origin is Mapping:
-            return {name: one._as(of[1]) for name, one in self.table().items()}
-        if origin is Sequence:
-            return [one._as(of[0]) for one in self.items()]
-        plain: dict[type, Callable[[], object]] = {str: self.text, bool: self.flag, int: self.whole, float: self.number}
-        return plain[kind]() if kind in plain else self.to(kind)
-
-    def _part(self, value: object, path: str) -> Unchecked:
-        return Unchecked(value, self.where, self.error, self.advice, path)
 
 
 class FileModel(pydantic.BaseModel):
@@ -236,11 +101,6 @@ def _mistake(model: type, value: object, mistake: Mapping[str, Any]) -> str:
     return f"{name} must be {text.removeprefix('Input should be ')}, and is {shown}"
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def file_error(action: str, path: Path, error: OSError) -> FileError:
     """Return an error of the operating system as one that says what to do."""
     reason = error.strerror or str(error)
@@ -261,11 +121,9 @@ def new_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{secrets.token_hex(8)}.tmp")
 
 
-def is_temporary(name: str, of: str) -> bool:
-    """Whether a name has exactly the form of :func:`new_path`, or that of older releases, for a path whose name matches
-    a regular expression.
-    """
-    return re.fullmatch(rf"\.({of})\.([0-9a-f]{{8}}-)?[0-9a-f]{{16}}\.tmp", name) is not None
+def is_temporary(name: str) -> bool:
+    """Whether a name has exactly the form of :func:`new_path` or :func:`staged`."""
+    return re.fullmatch(r"\..+\.([0-9a-f]{8}-[0-9a-f]{16}\.tmp|[0-9a-f]{16}\.new)", name) is not None
 
 
 def is_abandoned(path: Path) -> bool:
@@ -351,17 +209,18 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, *, at_most: int | None = None) -> bytes:
-    """Read a whole file; with ``at_most``, a regular file that has not more bytes, since a larger one is damaged."""
+    """Read a whole file; with ``at_most``, a regular file of at most that many bytes: a larger one is damaged."""
     try:
         if at_most is None:
             return path.read_bytes()
         with open_regular(path) as handle:
-            data = handle.read(at_most + 1)
+            size = os.fstat(handle.fileno()).st_size
+            data = handle.read(at_most + 1) if size <= at_most else b""
     except OSError as error:
         raise file_error("read", path, error) from error
     except ValueError as error:
         raise FileError(f"cannot read {str(path)!r}: it is no path ({error})") from error
-    if len(data) > at_most:
+    if max(size, len(data)) > at_most:
         raise FileError(f"{path} is larger than the {at_most:,} bytes that it can have; it is damaged")
     return data
 
@@ -417,12 +276,12 @@ def read_json(path: Path, *, at_most: int = MAX_JSON_BYTES) -> dict[str, Json]:
     return value
 
 
-def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked:
-    """Read TOML; ``where`` starts the messages of all errors about it, and ``error`` is their class."""
+def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> dict[str, Any]:
+    """Parse TOML; ``where`` begins the message of an error, and ``error`` is its class."""
     try:
         if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
             raise RecursionError
-        value = tomllib.loads(text)
+        value: dict[str, Any] = tomllib.loads(text)
         _check_depth(value)
     except RecursionError as wrong:
         raise error(
@@ -430,7 +289,7 @@ def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked
         ) from wrong
     except ValueError as wrong:  # also of numbers that are too long to read
         raise error(f"{where} is not a valid TOML file: {wrong}") from wrong
-    return Unchecked(value, where, error)
+    return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Json]]:

@@ -367,7 +367,7 @@ def tasks(draw: Draw, folder: Path) -> None:
     """A task file, changed; and a row that is nearly right for a task, from a file and in Python."""
     name = draw(st.sampled_from(shipped_names()))
     text = (resources.files("ptuning.data") / "tasks" / f"{name}.toml").read_text(encoding="utf-8")
-    toml = changed_json(parse_toml(text, where=name, error=TaskError).value).map(as_toml_file)
+    toml = changed_json(parse_toml(text, where=name, error=TaskError)).map(as_toml_file)
     parsed = tried(TaskFile.parse, draw(st.just(text) | changed_text(text) | toml))
     if parsed is None:
         return

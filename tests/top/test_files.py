@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -138,7 +137,7 @@ def test_only_regular_files_of_a_plausible_size_are_read(tmp_path: Path) -> None
     (tmp_path / "small").write_bytes(b"1234")
     for name in ("pipe", "zero"):
         for read in (files.file_sha256, files.read_json, lambda path: files.read_bytes(path, at_most=9)):
-            with pytest.raises(FileError, match=rf"cannot read .*{name}: it is not a regular file"):
+            with pytest.raises(FileError, match=f"{name}.*not a regular file"):
                 read(tmp_path / name)
     for path, limit in ((tmp_path / "hole", 2**20), (tmp_path / "small", 3)):
         with pytest.raises(FileError, match=rf"is larger than the {limit:,} bytes that it can have"):
@@ -162,74 +161,8 @@ def test_check_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [tmp_path, tmp_path]
 
 
-OUTSIDE: dict[str, object] = {
-    "name": "RTE", "seed": 3, "lr": 0.5, "on": False, "words": ["a", "b"], "rows": [{"n": 1}, {"n": "2"}],
-    "none": None, "blank": " ", "far": float("inf"), "when": datetime.date(2024, 1, 1),
-}  # fmt: skip
-
-
-def test_values_from_outside_come_with_their_type() -> None:
-    found = files.Unchecked(OUTSIDE)
-    assert found.at("name").text() == found.at("name").one_of(("CB", "RTE")) == "RTE"
-    assert (found.at("seed").whole(), found.at("seed").number(), found.at("lr").number()) == (3, 3.0, 0.5)
-    assert found.at("on").flag() is False
-    assert found.at("words").texts() == [one.text() for one in found.at("words").items()] == ["a", "b"]
-    assert found.at("rows").items()[0].at("n").whole() == 1
-    assert list(found.table()) == list(OUTSIDE)
-    # What is missing and what is null are the same.
-    for key in ("none", "gone"):
-        assert found.optional(key, files.Unchecked.text) is None
-        assert found.at(key, 7).whole() == 7
-    assert found.optional("seed", files.Unchecked.whole) == 3
-
-
-@pytest.mark.parametrize(
-    ("read", "message"),
-    [
-        (lambda found: found.at("gone").text(), "'gone' must be text in quotation marks, and is null"),
-        (lambda found: found.at("blank").text(blank=False), "'blank' must be text in quotation marks, and is \" \""),
-        (lambda found: found.at("on").whole(), "'on' must be a whole number, and is false"),
-        (lambda found: found.at("lr").whole(), "'lr' must be a whole number, and is 0.5"),
-        (lambda found: found.at("seed").whole(least=4), "'seed' must be a whole number from 4, and is 3"),
-        (lambda found: found.at("on").number(), "'on' must be a number, and is false"),
-        (lambda found: found.at("far").number(), "'far' must be a number, and is Infinity"),
-        (lambda found: found.at("seed").flag(), "'seed' must be true or false, and is 3"),
-        (lambda found: found.at("name").one_of(("CB", "WiC")), "'name' must be one of CB, WiC, and is \"RTE\""),
-        (lambda found: found.at("name").items(), "'name' must be a list, and is \"RTE\""),
-        (lambda found: found.at("rows").texts(), "'rows' must be a list of texts, [\"...\", \"...\"], and is [{"),
-        (lambda found: found.at("rows").items()[1].at("n").whole(), "'rows #2.n' must be a whole number, and is \"2\""),
-        (lambda found: found.at("words").at("a"), "'words' must be a table of names and values, and is [\"a\", \"b\"]"),
-        (lambda found: found.at("when").text(), "'when' must be text in quotation marks, and is \"2024-01-01\""),
-        (
-            lambda found: found.at("rows").items()[0].table(known=("m", "nn")),
-            "unknown key 'rows #1.n'. Did you mean",
-        ),
-    ],
-)  # fmt: skip
-def test_a_wrong_value_from_outside_is_an_error_of_its_readers_class(
-    read: Callable[[files.Unchecked], object], message: str
-) -> None:
-    found = files.Unchecked(OUTSIDE, "x.toml, prompt 'a'", ConfigError, "write it again")
-    with pytest.raises(ConfigError) as caught:
-        read(found)
-    assert str(caught.value).startswith(f"x.toml, prompt 'a': {message}")
-    assert str(caught.value).endswith("; write it again")
-
-
-def test_an_unknown_key_names_the_closest_one() -> None:
-    with pytest.raises(FileError, match=r"^unknown key 'sed'\. Did you mean 'seed'\? Known: seed, name$"):
-        files.Unchecked({"sed": 1}).table(known=("seed", "name"))
-
-
-def test_long_values_are_cut_in_messages() -> None:
-    message = str(files.Unchecked(list(range(1000))).wrong("a text"))
-    assert message.startswith("it must be a text, and is [0, 1, ")
-    assert message.endswith("…")
-    assert len(message) < 100
-
-
 def test_toml_and_text_name_their_file(tmp_path: Path) -> None:
-    assert files.parse_toml("a = 1", where="x.toml", error=ConfigError).at("a").whole() == 1
+    assert files.parse_toml("a = 1", where="x.toml", error=ConfigError) == {"a": 1}
     with pytest.raises(ConfigError, match=r"x\.toml is not a valid TOML file: .*line 1"):
         files.parse_toml("a = x", where="x.toml", error=ConfigError)
     (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
@@ -278,13 +211,6 @@ def test_toml_that_cannot_be_used_is_an_error_of_its_reader(text: str, what: str
         files.parse_toml(text, where="x.toml", error=ConfigError)
 
 
-@pytest.mark.parametrize("read", [files.Unchecked.whole, files.Unchecked.number])
-@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, True])
-def test_a_number_that_overflows_as_float_is_no_number(read: Callable[[files.Unchecked], object], value: int) -> None:
-    with pytest.raises(FileError, match="must be a"):
-        read(files.Unchecked(value))
-
-
 def test_a_name_that_cannot_be_a_path_is_an_error_of_reading() -> None:
     for name in ("a\0b", "a" * 300):
         with pytest.raises(FileError, match="cannot read"):
@@ -308,7 +234,7 @@ def test_temporary_files_of_another_machine_are_spared_while_they_are_young(
     assert mine != other
     for path in (mine, other):
         path.touch()
-        assert files.is_temporary(path.name, "run.json")
+        assert files.is_temporary(path.name)
     remove_stale(tmp_path, RUN)
     assert list(tmp_path.iterdir()) == [other]
     os.utime(other, (0, 0))

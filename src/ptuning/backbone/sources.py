@@ -227,10 +227,9 @@ def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -
 
 def _sweep(root: Path) -> None:
     """Remove half-made copies that killed processes left in the cache."""
-    copies = rf"({'|'.join(map(re.escape, (*KNOWN, GGUF_COPY)))})[\w.-]*"
     for path in root.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            is_half = is_temporary(path.name, copies) and not path.is_symlink()
+            is_half = is_temporary(path.name) and not path.is_symlink()
             if is_half and time.time() - path.stat().st_mtime >= STALE_SECONDS:
                 shutil.rmtree(path)
 

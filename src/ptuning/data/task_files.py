@@ -93,7 +93,7 @@ class TaskFile(FileModel, extra="forbid", populate_by_name=False):
     @classmethod
     def parse(cls, text: str, *, where: str = "the task file") -> TaskFile:
         """Read a task from the text of its file; a TaskError names a malformed key and the remedy."""
-        value = parse_toml(text, where=where, error=TaskError).value
+        value = parse_toml(text, where=where, error=TaskError)
         try:
             task = validate(cls, value, error=TaskError)
         except (TaskError, TemplateError, LabelWordError) as error:

@@ -12,7 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.errors import FileError
-from ptuning.files import Json, Unchecked, read_json, read_json_lines, write_json, write_json_lines
+from ptuning.files import Json, read_json, read_json_lines, validate, write_json, write_json_lines
 from ptuning.metrics import EXACT_MATCH
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN, RUN_FILE, VECTORS_FILE
 from ptuning.progress import Interrupted, OnProgress
@@ -130,10 +130,10 @@ def _score_test(
 def load_demo(out: Path) -> DemoResult:
     """Read a finished demo from its files; a FileError if there is none in ``out``."""
     record = read_json(out / RUN_FILE)
-    listed = Unchecked(record, f"{out / RUN_FILE} is damaged").at("scores")
-    if listed.value is None:
+    if record.get("scores") is None:
         raise FileError(f"the demo in {out} is not finished; run it with: ptuning demo --out {out}")
-    scores = {name: one.at(EXACT_MATCH).to(Score) for name, one in listed.table().items()}
+    listed = validate(dict[str, dict[str, Score]], record["scores"], f"{out / RUN_FILE} is damaged")
+    scores = {name: by_metric[EXACT_MATCH] for name, by_metric in listed.items()}
     rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
     answers = [
         Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows

@@ -59,7 +59,7 @@ def read_fleet(path: Path) -> FleetFile:
         ConfigError: If it is not valid TOML, or a key or value is wrong; names the prompt and the key.
     """
     text = parse_toml(read_text(path, error=ConfigError), where=str(path), error=ConfigError)
-    tables = validate(_Tables, text.value, str(path), error=ConfigError)
+    tables = validate(_Tables, text, str(path), error=ConfigError)
     if not tables.prompt:
         raise ConfigError(f"{path} has no prompts; each begins with [[prompt]]")
     if "name" in tables.all:

@@ -161,7 +161,7 @@ def merged(config: Path | None, pairs: Sequence[str] | None, given: Mapping[str,
     file: dict[str, Any] = {}
     if config is not None:
         text = read_text(config, error=ConfigError)
-        file = validate(dict[str, Any], parse_toml(text, where=str(config), error=ConfigError).value)
+        file = validate(dict[str, Any], parse_toml(text, where=str(config), error=ConfigError))
     texts = {name for name, item in TrainingInputs.model_fields.items() if item.annotation in (str, str | None)}
     own = options.values_of(pairs, "--set", "patience=2", texts={*texts, LOG_TO, BACKBONE})
     twice = next((name for name in own if name in given), None)
