@@ -62,7 +62,7 @@ def mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Questions:
     return as_questions(load_records("mail.csv", fields={"y": "team"}))
 
 
-# ---------------------------------------------------------------------------------------------------- a messy file
+# a messy file
 
 
 def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions) -> None:
@@ -75,11 +75,11 @@ def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions
     assert all(fact in empty for fact in ("'message'", "2 rows: mail.csv, lines 13, 58", "2 of 90 rows"))
     assert "'biling' looks like 'billing' (mail.csv, line 35)" in mistyped
     assert "alias_label biling=billing" in mistyped
-    assert found.report.left_out == (
+    assert found.report.left_out == [
         "mail.csv, line 13: no text",
         "mail.csv, line 58: no text",
         "mail.csv, line 35: 'biling' looks like 'billing'",
-    )
+    ]
     rows = found.parts["train"]
     assert (rows.name, len(rows), rows.fields) == ("mail.csv", 87, {"y": "team"})
     assert rows.sha256 != mail.sha256
@@ -90,9 +90,7 @@ def test_a_typo_is_never_merged_unless_that_is_asked_for(mail: Questions) -> Non
     assert "billing 22" in found.report.facts[0]
     assert len(found.parts["train"]) == 88
     assert not any("biling" in doubt for doubt in found.report.warnings)
-    with pytest.raises(
-        RecordError, match=r"line 35: 'biling' is not one of the labels .*alias_label \"biling=billing\""
-    ):
+    with pytest.raises(RecordError, match=r"line 35: 'biling' .*alias_label \"biling=billing\""):
         look(mail, list(TEAMS))
     assert look(mail, ";".join(TEAMS), merge={"biling": "billing"}).words == found.words
 
@@ -123,10 +121,10 @@ def test_rows_that_nobody_has_labelled_yet_are_left_out() -> None:
                for line, more in ((10, {"y": " "}), (11, {}))]  # fmt: skip
     for labels in ("auto", None):
         found = look(Questions([*rows, *waiting], name="m.csv", fields={"y": "team"}), labels)
-        assert found.report.warnings == (
-            "train: 2 of 10 rows have no target, the field 'team': m.csv, lines 10, 11; left out",
-        )
-        assert found.report.left_out == ("m.csv, line 10: no target", "m.csv, line 11: no target")
+        assert found.report.warnings == [
+            "train: 2 of 10 rows have no target, the field 'team': m.csv, lines 10, 11; left out"
+        ]
+        assert found.report.left_out == ["m.csv, line 10: no target", "m.csv, line 11: no target"]
         assert list(found.parts["train"]) == list(rows)
     found = look(rows, test=Questions([*rows_of(good=2), waiting[0]], name="t.csv"))
     assert (len(found.parts["test"]), found.report.warnings[0][:28]) == (2, "test: 1 of 3 rows has no tar")
@@ -136,40 +134,37 @@ def test_rows_that_nobody_has_labelled_yet_are_left_out() -> None:
         look(Questions([*rows[:2], *waiting], name="m.csv"))
 
 
-# ------------------------------------------------------------------------------------------------- labels in targets
-
-
-def test_what_can_be_no_labels_is_refused_with_the_remedy() -> None:
-    many = Counter({f"label {at}": 3 for at in range(10_000)})
-    with pytest.raises(RecordError, match=r"m.csv: 10,000 different targets in 30,000 records .* Leave --labels out"):
-        found_labels(many, name="m.csv")
-    with pytest.raises(RecordError, match=r"9 different targets in 10 records .* \(--field y=NAME\)"):
-        found_labels(Counter({f"a text of its own {at}": 1 + (at == 0) for at in range(9)}), name="m.csv")
-    with pytest.raises(RecordError, match="one label only"):
-        found_labels(Counter({"billing": 9, "biling": 1}), name="m.csv")
-    assert len(found_labels(Counter({f"label {at}": 3 for at in range(MAX_LABELS)}), name="m.csv")) == MAX_LABELS
+# labels in targets
 
 
 @pytest.mark.parametrize(
-    "amounts", [[f"{at}.5" for at in range(4)], [str(at) for at in range(11)], ["1,5", "-2", "3%"]]
-)
-def test_amounts_are_no_labels(amounts: list[str]) -> None:
-    counts = Counter(dict.fromkeys(amounts, 9))
-    with pytest.raises(RecordError, match=r"the targets are numbers .* Make them a few classes .*--labels"):
+    ("counts", "message"),
+    [
+        ({f"label {at}": 3 for at in range(10_000)}, "10,000 different targets in 30,000 records"),
+        ({f"a text of its own {at}": 1 + (at == 0) for at in range(9)}, "9 different targets in 10 records"),
+        ({"billing": 9, "biling": 1}, "one label only"),
+        *((dict.fromkeys(numbers, 9), "the targets are numbers") for numbers in (
+            [f"{at}.5" for at in range(4)], [str(at) for at in range(11)], ["1,5", "-2", "3%"]
+        )),
+    ],
+)  # fmt: skip
+def test_targets_that_can_be_no_labels(counts: dict[str, int], message: str) -> None:
+    with pytest.raises(RecordError, match=f"m.csv: .*{message}"):
         found_labels(counts, name="m.csv")
-    (fact,) = seen_labels(counts, {}).facts
-    assert "near miss" in fact
+    if "numbers" in message:
+        report = Report()
+        seen_labels(counts, {}, report)
+        assert "near miss" in report.facts[0]
 
 
-def test_stars_and_years_are_labels() -> None:
-    assert found_labels(Counter({str(at): 9 for at in range(1, 6)}), name="m.csv") == ["1", "2", "3", "4", "5"]
+def test_many_classes_and_stars_are_labels() -> None:
+    assert len(found_labels({f"label {at}": 3 for at in range(MAX_LABELS)}, name="m.csv")) == MAX_LABELS
+    assert found_labels({str(at): 9 for at in range(1, 6)}, name="m.csv") == ["1", "2", "3", "4", "5"]
 
 
 def test_labels_in_another_spelling_are_one_only_when_asked() -> None:
     rows = rows_of(billing=9, Billing=5, very__late=6, very____late=1)
-    with pytest.raises(
-        RecordError, match=r"'billing' \(9\) and 'Billing' \(5\)\. Take them as one with alias_label case"
-    ):
+    with pytest.raises(RecordError, match=r"'billing' \(9\) and 'Billing' \(5\)\. .*alias_label case"):
         look(rows)
     assert look(rows, merge="case").words == LabelWords({"billing": "billing", "very late": "very late"})
     given = look(rows, ["Billing", "very late"], merge=["case"])
@@ -177,20 +172,12 @@ def test_labels_in_another_spelling_are_one_only_when_asked() -> None:
     assert Counter(row.record["y"] for row in given.parts["train"]) == {"Billing": 14, "very late": 7}
 
 
-def test_a_rare_spelling_is_left_out_and_told() -> None:
-    found = look(rows_of(billing=9, sales=9, Billing=1))
-    assert len(found.parts["train"]) == 18
-    assert "'Billing' looks like 'billing' (m.csv, line 20)" in found.report.warnings[0]
-
-
 def test_merges_are_pairs_or_case() -> None:
     assert merges(None) == ()
     assert merges({"a": "b"}) == merges("a=b") == merges([" a = b "]) == ("a=b",)
     assert merges(["case", "a=b"]) == ("a=b", "case")
-    with pytest.raises(LabelWordError, match=r"'a' is no merge of labels \(alias_label\); write WRONG=RIGHT, or case"):
-        merges("a")
-    for wrong in (7, ["a=b", 7]):
-        with pytest.raises(LabelWordError, match="labels to merge are a mapping or texts such as"):
+    for wrong in ("a", 7, ["a=b", 7]):
+        with pytest.raises(LabelWordError, match=r"WRONG=RIGHT|biling=billing"):
             merges(wrong)  # type: ignore[arg-type]
 
 
@@ -198,7 +185,9 @@ def test_long_targets_take_no_time() -> None:
     """Each pair of texts of a million characters would be compared letter by letter."""
     texts = ("9" * 1_000_000 + "x", "9" * 1_000_000 + "y")
     assert look_alikes({texts[0]: 20, texts[1]: 1}) == {}
-    assert len(seen_labels({texts[0]: 20, texts[1]: 9}, {}).facts[0]) < 500
+    report = Report()
+    seen_labels({texts[0]: 20, texts[1]: 9}, {}, report)
+    assert len(report.facts[0]) < 500
 
 
 @pytest.mark.parametrize(
@@ -214,6 +203,7 @@ def test_long_targets_take_no_time() -> None:
         ({"male": 20, "female": 1}, {}),
         ({"yes": 20, "yer": 1}, {}),  # too short to tell
         ({"sales": 20, "refunds": 1}, {}),
+        ({"billing": 9, "sales": 9, "Billing": 1}, {"Billing": "billing"}),
     ],
 )
 def test_rare_labels_that_look_like_frequent_ones(counts: dict[str, int], likely: dict[str, str]) -> None:
@@ -245,7 +235,7 @@ def test_rows_with_their_own_choices_have_no_labels() -> None:
         look(rows)
 
 
-# -------------------------------------------------------------------------------------------------------- other rows
+# other rows
 
 
 def test_only_rows_without_any_text_are_left_out_and_test_rows_never() -> None:
@@ -271,10 +261,10 @@ def test_texts_that_are_there_twice() -> None:
     train = part(("a", "good"), ("b", "bad"), ("a", "bad"), ("c", "good"), start=2)
     dev = part(("b", "bad"), ("d", "good"), start=12)
     warnings = label_rows({"train": train, "dev": dev}, ["good", "bad"], fields=FIELDS).report.warnings
-    assert warnings == (
+    assert warnings == [
         "train: m.csv, line 4 (as m.csv, line 2) has the same text as another, and another label",
         "dev: m.csv, line 12 (as m.csv, line 3) has the text of a row of train, so the scores may be too good",
-    )
+    ]
 
 
 def test_empty_parts_and_missing_targets() -> None:
@@ -284,7 +274,7 @@ def test_empty_parts_and_missing_targets() -> None:
         look(Questions([Question({"a": "b", "y": " "}, where="m.csv, line 2"), *rows_of(good=1)]), None)
 
 
-# ------------------------------------------------------------------------------------------- a task and a tokenizer
+# a task and a tokenizer
 
 TASK = """
 name = "moods"
@@ -316,7 +306,7 @@ def test_the_tokens_of_words_are_told_once_for_all_patterns(check: Check) -> Non
     found = check(TASK + '[[patterns]]\nmanual = "Text: {text} It was [Y]."')
     assert len(found.facts) == 1
     assert found.facts[0].startswith("label words and their tokens: good: 'great' [")
-    assert (found.warnings, found.problems) == ((), ())
+    assert not found.warnings + found.problems
 
 
 def test_words_that_collide_or_are_unknown_are_problems_of_every_pattern(check: Check) -> None:
@@ -330,7 +320,7 @@ def test_words_that_collide_or_are_unknown_are_problems_of_every_pattern(check: 
 def test_rows_that_are_shortened_and_rows_that_do_not_fit(check: Check) -> None:
     rows: list[dict[str, object]] = [{"text": "city " * 80, "label": "bad"}, *MOODS]
     found = check(TASK, rows=rows)
-    assert found.problems == ()
+    assert not found.problems
     assert (
         "pattern 1, manual: 1 of 3 rows are shortened to 64 tokens, in the fields without '!': text" in found.warnings
     )
@@ -350,14 +340,14 @@ def test_rows_that_bring_their_choices(check: Check) -> None:
 def test_what_stands_in_the_data() -> None:
     task = TaskFile.parse(TASK)
     found = check_data(task, {"train": task.read_rows(MOODS), "test": task.read_rows(MOODS, labelled=False)})
-    assert found.facts == ("train: 2 rows of in memory; good 2, bad 0", "test: 2 rows of in memory")
-    assert found.warnings[:2] == ("train: no row has the label bad", "train: the field 'text' is empty in 1 row: row 2")
+    assert found.facts == ["train: 2 rows of in memory; good 2, bad 0", "test: 2 rows of in memory"]
+    assert found.warnings[:2] == ["train: no row has the label bad", "train: the field 'text' is empty in 1 row: row 2"]
     text = 'name="c"\nversion="1"\ngroup="g"\n[choices]\nfrom=["a[]"]\n[[patterns]]\nmanual="[X] is [Y]"'
     choose = TaskFile.parse(text)
     rows = choose.read_rows([{"x": "b", "a": list("abcd"[:n]), "label": 0, "g": 1} for n in (2, 3, 4)])
-    assert check_data(choose, {"dev": rows}).facts == (
-        "dev: 3 rows of in memory; 2 to 4 choices, 3 in the middle; 1 groups",
-    )
+    assert check_data(choose, {"dev": rows}).facts == [
+        "dev: 3 rows of in memory; 2 to 4 choices, 3 in the middle; 1 groups"
+    ]
 
 
 def test_targets_and_fields_that_the_tokenizer_does_not_know(check: Check) -> None:
@@ -369,7 +359,7 @@ def test_targets_and_fields_that_the_tokenizer_does_not_know(check: Check) -> No
         for one in found.warnings
     )
     assert any("the field 'text' of 1 of 2 records of in memory is mostly unknown" in one for one in found.warnings)
-    assert (len(found.warnings), found.problems) == (2, ())
+    assert (len(found.warnings), found.problems) == (2, [])
     assert check(task, family="llama", rows=rows) == Report()
     (manual, learned) = check(task, family="bert", rows=rows[1:]).problems
     assert "1 of 1 targets" in manual

@@ -114,7 +114,7 @@ def labelled(
 
     merge = [*prompt.merge, *(alias_label or ())]
     found = label_rows({"data": as_questions(rows)}, labels, fields=fields, known=prompt.label_words, merge=merge)
-    facts = found.report.facts if labels is not None or (is_open and prompt.backbone is None) else ()
+    facts = found.report.facts if labels is not None or (is_open and prompt.backbone is None) else []
     say_notes(reader.notes)
     show_findings(Report(facts, found.report.warnings))
     return replace(prompt, label_words=found.words), found.parts["data"]

@@ -18,7 +18,7 @@ from ptuning.records import TARGET_FIELD, canonical_json, require_targets
 from ptuning.template.ambiguity import check_fields, check_targets
 from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.labels import LabelWords
-from ptuning.template.language import Field, Template
+from ptuning.template.language import Field
 from ptuning.template.segments import Kind, Tokenizer
 
 # `--labels auto`: the different targets are the labels, each its own word.
@@ -42,17 +42,17 @@ FILLED_ROWS = 500
 SHOWN = 5  # places, labels and the like in one message
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """The report of a check, a line each: counts, possible mistakes, and mistakes that make the data unusable.
 
     ``left_out`` names each row that is not used, and why.
     """
 
-    facts: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    facts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def __add__(self, other: Report) -> Report:
         return Report(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
@@ -60,7 +60,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rows that were looked at: ``parts`` without the rows that are left out, the label words, and what was found."""
+    """Checked rows: ``parts`` without the rows that are left out, the label words, and the report."""
 
     parts: dict[str, Questions]
     words: LabelWords | None = None
@@ -76,7 +76,7 @@ def label_rows(
     merge: Merge | None = None,
     strict: bool = False,
 ) -> Labelled:
-    """Look at the rows of each part (``train``, ``dev``, ``test``, or others) and at their labels.
+    """Check the rows of each part (``train``, ``dev``, ``test``, or others) and their labels.
 
     ``auto`` takes the targets of all parts but ``test`` as labels; rows whose label is rare and looks like a mistyped
     one are left out. If labels are ``known``, as those of a prompt are, it takes these. Rows without a target are left
@@ -87,32 +87,35 @@ def label_rows(
     Raises:
         RecordError: If a part is empty, half of its targets or more are missing, one is none of the labels, the targets
             can be no labels, or something may be a mistake and the check is ``strict``.
-        LabelWordError: If label words or what is to be merged is malformed.
+        LabelWordError: If label words or merges are malformed.
     """
-    given, report = _without_target(parts)
-    require_rows(given)
-    has_choices = any(questions.has_choices for questions in given.values())
+    report = Report()
+    kept = {name: _with_target(name, questions, report) for name, questions in parts.items()}
+    require_rows(kept)
+    has_choices = any(questions.has_choices for questions in kept.values())
     words = known if labels is None or labels == AUTO else LabelWords.of(labels)
-    kept = given if has_choices else _merged(given, merge, words.labels if words is not None else ())
-    kept, left = _without_empty(kept, fields)
-    report += left
+    if merge and not has_choices:
+        kept = _merged(kept, merge, words.labels if words is not None else ())
+    kept = {name: _with_text(name, questions, fields, report) for name, questions in kept.items()}
     learned = Counter(row.record[TARGET_FIELD] for name, rows in kept.items() if name != "test" for row in rows)
     if labels == AUTO:
         if has_choices:
             raise LabelWordError("labels are auto, and the rows bring their own choices; leave the labels out")
         words = known or LabelWords.of(found_labels(learned, name=next(iter(parts.values())).name))
-        kept, left = _without_mistyped(kept, words.labels, learned)
-        report += left
+        frequent = {label: max(learned.get(label, 0), TIMES) for label in words.labels}
+        kept = {name: _without_mistyped(name, questions, frequent, report) for name, questions in kept.items()}
     if words is not None:
-        for questions in kept.values():
+        for name, questions in kept.items():
             words.check_records(questions.records)
-    if words is not None and not has_choices:
-        report += Report(tuple(_counts(name, rows, words.labels) for name, rows in kept.items()))
+            if not has_choices:
+                counts = Counter(row.record[TARGET_FIELD] for row in questions)
+                listed = _listed(words.labels, counts, most=4 * SHOWN)
+                report.facts.append(f"{name}: {len(words.labels)} labels in {len(questions)} records: {listed}")
     elif not has_choices:
-        report += seen_labels(learned, kept)
-    report += repeated(kept, fields, labelled=words is not None)
+        seen_labels(learned, kept, report)
+    check_repeated(kept, fields, report, labelled=words is not None)
     if strict and report.warnings:
-        raise RecordError("\n  ".join(("what the data holds is an error with --strict:", *report.warnings)))
+        raise RecordError("\n  ".join(("warnings about the data are errors with --strict:", *report.warnings)))
     return Labelled(kept, words, report)
 
 
@@ -142,11 +145,19 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
             f"Leave --labels out, and the answer is written; or {remedy}"
         )
     mistyped = look_alikes(counts)
-    _check_spellings(counts, mistyped, name=name)
-    kept = sorted(label for label in counts if label not in mistyped)
-    if len(kept) < 2:
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        if label not in mistyped:
+            spellings.setdefault(_folded(label), []).append(label)
+    if same := [listed for listed in spellings.values() if len(listed) > 1]:
+        shown = "; ".join(" and ".join(f"'{label}' ({counts[label]})" for label in listed) for listed in same[:SHOWN])
+        raise RecordError(
+            f"{name}: labels differ in capitals or spaces only: {shown}. Take them as one with alias_label {CASE}, or "
+            'name the labels (--labels "good;bad")'
+        )
+    if len(spellings) < 2:
         raise RecordError(f"{name}: the targets have one label only ({shown}); {remedy}")
-    return kept
+    return sorted(label for label in counts if label not in mistyped)
 
 
 def look_alikes(counts: Mapping[str, int]) -> dict[str, str]:
@@ -161,32 +172,30 @@ def look_alikes(counts: Mapping[str, int]) -> dict[str, str]:
     return likely_labels
 
 
-def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Report:
-    """Say which different targets there are, if they are few and come again and again: they may be labels."""
+def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions], report: Report) -> None:
+    """Report the different targets, if they are few and come again and again: they may be labels."""
     rows = sum(counts.values())
     if _are_amounts(counts):
-        fact = (
+        report.facts.append(
             f"the targets are numbers ({len(counts)} different ones in {rows} records): they are written digit by "
             "digit, and a near miss is as wrong as any. For amounts, make a few classes of them (low, high)"
         )
-        return Report((fact,))
+        return
     if not 2 <= len(counts) <= SEEN_LABELS or rows < SEEN_ROWS * len(counts):
-        return Report()
+        return
     mistyped = look_alikes(counts)
     ordered = [label for label, _ in Counter(counts).most_common()]
-    listed = ", ".join(f"{cut(label, LONGEST)} {counts[label]}" for label in ordered[: 2 * SHOWN])
     kept = [label for label in ordered if label not in mistyped]
     text = ";".join(kept)
     can_be_typed = len(kept) <= 2 * SHOWN and len(text) <= 4 * LONGEST and not set('=,"') & set(text)
     named = f', or --labels "{text}"' if can_be_typed and text.count(";") == len(kept) - 1 else ""
-    fact = (
-        f"{len(counts)} distinct targets in {rows} records: {listed}{', ...' * (len(ordered) > 2 * SHOWN)}. If they "
-        f"are labels to choose among, give --labels auto{named}; without, the answer is written as text"
+    report.facts.append(
+        f"{len(counts)} distinct targets in {rows} records: {_listed(ordered, counts, most=2 * SHOWN)}. If they are "
+        f"labels to choose among, give --labels auto{named}; without, the answer is written as text"
     )
-    warnings = [
-        f"'{label}' ({_places(_rows_with(parts, label))}) looks like '{other}'" for label, other in mistyped.items()
-    ]
-    return Report((fact,), tuple(warnings))
+    for label, other in mistyped.items():
+        same = [row for questions in parts.values() for row in questions if row.record[TARGET_FIELD] == label]
+        report.warnings.append(f"'{label}' ({_places(same)}) looks like '{other}'")
 
 
 def empty_fields(name: str, questions: Questions, fields: Sequence[str]) -> list[str]:
@@ -200,39 +209,34 @@ def empty_fields(name: str, questions: Questions, fields: Sequence[str]) -> list
     return lines
 
 
-def repeated(parts: Mapping[str, Questions], fields: Sequence[str], *, labelled: bool) -> Report:
-    """Say which rows have the same text: in two parts, or in one part with one label or, as a doubt, with two."""
-    facts, warnings = [], []
+def check_repeated(parts: Mapping[str, Questions], fields: Sequence[str], report: Report, *, labelled: bool) -> None:
+    """Report rows with the same text: in two parts, or in one part with one label or, as a warning, with two."""
     seen: dict[str, dict[str, Question]] = {}
-    for name, questions in parts.items():
+    for name, questions in parts.items() if fields else ():
         own: dict[str, Question] = {}
-        twice, torn = [], []
+        pairs = []
         for row in questions:
-            key = canonical_json({field_name: row.record.get(field_name, "") for field_name in fields}) + str(
-                list(row.choices)
-            )
-            first = own.setdefault(key, row)
-            if first is not row and first.right == row.right:
-                twice.append((row, first))
-            elif first is not row:
-                torn.append((row, first))
-        if fields and labelled and twice:
-            facts.append(f"{name}: {_pairs(twice)} the same text and label as another")
-        if fields and labelled and torn:
-            warnings.append(f"{name}: {_pairs(torn)} the same text as another, and another label")
-        for other, earlier in seen.items() if fields else ():
-            both = [(row, earlier[key]) for key, row in own.items() if key in earlier]
-            if both:
-                warnings.append(f"{name}: {_pairs(both)} the text of a row of {other}, so the scores may be too good")
+            texts = canonical_json({field_name: row.record.get(field_name, "") for field_name in fields})
+            first = own.setdefault(f"{texts}{list(row.choices)}", row)
+            if first is not row and labelled:
+                pairs.append((row, first))
+        if twice := [pair for pair in pairs if pair[0].right == pair[1].right]:
+            report.facts.append(f"{name}: {_pairs(twice)} the same text and label as another")
+        if torn := [pair for pair in pairs if pair[0].right != pair[1].right]:
+            report.warnings.append(f"{name}: {_pairs(torn)} the same text as another, and another label")
+        for other, earlier in seen.items():
+            if both := [(row, earlier[key]) for key, row in own.items() if key in earlier]:
+                report.warnings.append(
+                    f"{name}: {_pairs(both)} the text of a row of {other}, so the scores may be too good"
+                )
         seen[name] = own
-    return Report(tuple(facts), tuple(warnings))
 
 
 def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Report:
     """Count rows, choices, labels and groups of a task's data. Missing labels, empty fields, and rows of two parts with
     the same text are warnings.
     """
-    facts, warnings = [], []
+    report = Report()
     for name, questions in parts.items():
         labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
         line = f"{name}: {len(questions)} rows of {questions.name}"
@@ -241,14 +245,13 @@ def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Report:
             line += f"; {counts[0]} to {counts[-1]} choices, {counts[len(counts) // 2]} in the middle"
         elif task.label_words is not None and labels:
             line += "; " + ", ".join(f"{label} {labels[label]}" for label in task.label_words.labels)
-            missing = [label for label in task.label_words.labels if not labels[label]]
-            if missing:
-                warnings.append(f"{name}: no row has the label {' or '.join(missing)}")
+            if missing := [label for label in task.label_words.labels if not labels[label]]:
+                report.warnings.append(f"{name}: no row has the label {' or '.join(missing)}")
         groups = {row.group for row in questions if row.group is not None}
-        facts.append(line + (f"; {len(groups)} groups" if groups else ""))
-        warnings += empty_fields(name, questions, task.fields)
-    again = repeated(parts, task.fields, labelled=task.label_words is not None)
-    return Report(tuple(facts), tuple(warnings)) + again
+        report.facts.append(line + (f"; {len(groups)} groups" if groups else ""))
+        report.warnings += empty_fields(name, questions, task.fields)
+    check_repeated(parts, task.fields, report, labelled=task.label_words is not None)
+    return report
 
 
 def check_words(
@@ -259,13 +262,34 @@ def check_words(
     Without data (``parts``), a record whose fields hold their own names is filled in.
     """
     given = [questions for questions in (parts or {}).values() if questions]
-    sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
+    sample = given[0][0].record if given else {name: name for name in task.fields}
+    patterns = enumerate(zip(task.manual, task.learned, strict=True), start=1)
+    named = [(f"pattern {at}, {use}", each) for at, pair in patterns for use, each in zip(("manual", "learned"), pair)]
     report = Report()
-    for number, pair in enumerate(zip(task.manual, task.learned, strict=True), start=1):
-        for what, template in zip(("manual", "learned"), pair, strict=True):
-            report += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
+    for name, template in named:
+        try:
+            bound = TokenizedTemplate(template, tokenizer=tokenizer, kind=kind)
+            if task.label_words is not None:
+                lines = task.label_words.check_known(task.label_words.examples(bound, sample))
+                report.facts.append(f"label words and their tokens: {'; '.join(lines)}")
+            filled: list[Example] = []
+            for questions in given:
+                chosen = questions[:FILLED_ROWS]
+                texts = [max(task.answer_space.texts(row) or ("a",), key=len) for row in chosen]
+                records = [row.record for row in chosen]
+                filled += bound.examples(records, targets=texts, source=f"{questions.name}, row")
+            report.warnings += check_known(bound, task.answer_space, given)
+            if short := sum(example.shortened for example in filled):
+                fields = [piece for piece in template.pieces if isinstance(piece, Field)]
+                shrinking = dict.fromkeys(piece.name for piece in fields if not piece.keep)
+                report.warnings.append(
+                    f"{name}: {short} of {len(filled)} rows are shortened to {tokenizer.max_tokens} tokens, in the "
+                    f"fields without '!': {', '.join(shrinking) or 'none'}"
+                )
+        except PTuningError as error:
+            report.problems.append(f"{name}: {error}")
     # Words are mostly the same tokens in all patterns, and mistakes in them the same mistakes.
-    return Report(*(tuple(dict.fromkeys(lines)) for lines in vars(report).values()))
+    return Report(*(list(dict.fromkeys(lines)) for lines in vars(report).values()))
 
 
 def check_known(bound: TokenizedTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
@@ -291,39 +315,37 @@ def check_known(bound: TokenizedTemplate, answers: AnswerSpace, parts: Iterable[
     return warnings
 
 
-def _merged(parts: Mapping[str, Questions], merge: Merge | None, labels: Sequence[str]) -> dict[str, Questions]:
-    """Return the parts with labels that are to be others replaced."""
-    if not merge:
-        return dict(parts)
-    pairs, by_case = _asked(merge)
+def _merged(parts: Mapping[str, Questions], merge: Merge, labels: Sequence[str]) -> dict[str, Questions]:
+    """Return the parts with merged labels replaced."""
+    pairs, by_case = _merge_pairs(merge)
     counts = Counter(row.record[TARGET_FIELD] for questions in parts.values() for row in questions)
-    renamed = {label: pairs.get(label, label) for label in counts}
+    new = {label: pairs.get(label, label) for label in counts}
     if by_case:
         spellings: dict[str, str] = {}
-        ordered = sorted(counts, key=lambda label: (-counts[label], label))
-        for label in (*labels, *(renamed[label] for label in ordered)):
+        for label in (*labels, *(new[label] for label in sorted(counts, key=lambda label: (-counts[label], label)))):
             spellings.setdefault(_folded(label), label)
-        renamed = {label: spellings[_folded(new)] for label, new in renamed.items()}
+        new = {label: spellings[_folded(other)] for label, other in new.items()}
     merged = {}
     for name, questions in parts.items():
-        old = [row.record[TARGET_FIELD] for row in questions]
         rows = [
-            row if renamed[label] == label else replace(row, record={**row.record, TARGET_FIELD: renamed[label]})
-            for row, label in zip(questions, old, strict=True)
+            row if new[label] == label else replace(row, record={**row.record, TARGET_FIELD: new[label]})
+            for row in questions
+            for label in (row.record[TARGET_FIELD],)
         ]
-        merged[name] = _same(questions, rows) if any(renamed[label] != label for label in old) else questions
+        is_changed = any(row is not old for row, old in zip(rows, questions, strict=True))
+        merged[name] = Questions(rows, name=questions.name, fields=questions.fields) if is_changed else questions
     return merged
 
 
 def merges(merge: Merge | None) -> tuple[str, ...]:
-    """Return what is to be merged as texts: ``biling=billing``, and ``case``; a LabelWordError if it is malformed."""
+    """Return merges of labels as texts: ``biling=billing``, and ``case``; a LabelWordError if they are malformed."""
     if not merge:
         return ()
-    pairs, by_case = _asked(merge)
+    pairs, by_case = _merge_pairs(merge)
     return (*(f"{old}={new}" for old, new in pairs.items()), *([CASE] if by_case else []))
 
 
-def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
+def _merge_pairs(merge: Merge) -> tuple[dict[str, str], bool]:
     if isinstance(merge, Mapping):
         return {str(old): str(new) for old, new in merge.items()}, False
     pairs, by_case = {}, False
@@ -341,97 +363,61 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
     return pairs, by_case
 
 
-def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions], Report]:
-    """Drop unlabelled rows, unless most rows are: then another field holds the target."""
-    kept, report = {}, Report()
-    for name, questions in parts.items():
-        left = [row for row in questions if not row.record.get(TARGET_FIELD, "").strip()]
-        if not left or 2 * len(left) >= len(questions):
-            kept[name] = questions
-            continue
-        used = set(map(id, left))
-        kept[name] = _same(questions, [row for row in questions if id(row) not in used])
-        old = questions.fields.get(TARGET_FIELD, TARGET_FIELD)
-        count = f"{len(left)} of {len(questions)} rows {'has' if len(left) == 1 else 'have'} no target"
-        warning = f"{name}: {count}, the field '{old}': {_places(left)}; left out"
-        report += Report(warnings=(warning,), left_out=tuple(f"{_place(row)}: no target" for row in left))
-    return kept, report
+def _leave_out(questions: Questions, reasons: Mapping[int, str], report: Report) -> Questions:
+    """Return the rows but those at some indices, with a hash of their own; report the reasons."""
+    report.left_out += [f"{_place(questions[at])}: {reason}" for at, reason in reasons.items()]
+    rows = (row for at, row in enumerate(questions) if at not in reasons)
+    return Questions(rows, name=questions.name, fields=questions.fields) if reasons else questions
 
 
-def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[dict[str, Questions], Report]:
-    """Drop rows without any text from the training and development parts; warn about other empty fields."""
-    kept, found = {}, Report()
-    for name, questions in parts.items():
-        lines = empty_fields(name, questions, fields)
-        rows = [row for row in questions if any(row.record.get(field_name, "?").strip() for field_name in fields)]
-        learns = name in ("train", "dev") and bool(fields) and len(rows) < len(questions)
-        if learns and not rows:
-            raise RecordError(f"the {name} data ({questions.name}) has no row with text in {', '.join(fields)}")
-        if learns:
-            lines[-1] += f"; {len(questions) - len(rows)} of {len(questions)} rows have no text at all and are left out"
-            used = set(map(id, rows))
-            left = tuple(f"{_place(row)}: no text" for row in questions if id(row) not in used)
-            found += Report(left_out=left)
-        kept[name] = _same(questions, rows) if learns else questions
-        found += Report(warnings=tuple(lines))
-    return kept, found
+def _with_target(name: str, questions: Questions, report: Report) -> Questions:
+    """Leave unlabelled rows out, unless most rows are: then another field holds the target."""
+    without = [at for at, row in enumerate(questions) if not row.record.get(TARGET_FIELD, "").strip()]
+    if not without or 2 * len(without) >= len(questions):
+        return questions
+    column = questions.fields.get(TARGET_FIELD, TARGET_FIELD)
+    count = f"{len(without)} of {len(questions)} rows {'has' if len(without) == 1 else 'have'} no target"
+    places = _places([questions[at] for at in without])
+    report.warnings.append(f"{name}: {count}, the field '{column}': {places}; left out")
+    return _leave_out(questions, dict.fromkeys(without, "no target"), report)
 
 
-def _without_mistyped(
-    parts: dict[str, Questions], labels: Sequence[str], counts: Mapping[str, int]
-) -> tuple[dict[str, Questions], Report]:
-    """Drop rows whose label looks like a mistyped one."""
-    kept, report = {}, Report()
-    known = {label: max(counts.get(label, 0), TIMES) for label in labels}
-    for name, questions in parts.items():
-        own = Counter(row.record[TARGET_FIELD] for row in questions)
-        strange = {label: 1 for label, count in own.items() if label not in known and count <= RARE}
-        likely = look_alikes({**strange, **known})
-        rows = [row for row in questions if row.record[TARGET_FIELD] not in likely]
-        if len(rows) == len(questions):
-            kept[name] = questions
-            continue
-        kept[name] = _same(questions, rows)
-        warnings, left = [], []
-        for label, right in likely.items():
-            wrong = [row for row in questions if row.record[TARGET_FIELD] == label]
-            warnings.append(
-                f"{name}: '{label}' looks like '{right}' ({_places(wrong)}); left out. Correct it in the file, or "
-                f"count it as that label: alias_label {_quoted(f'{label}={right}')}"
-            )
-            left += [f"{_place(row)}: '{label}' looks like '{right}'" for row in wrong]
-        report += Report(warnings=tuple(warnings), left_out=tuple(left))
-    return kept, report
+def _with_text(name: str, questions: Questions, fields: Sequence[str], report: Report) -> Questions:
+    """Leave rows without any text out of training and development parts; warn about other empty fields."""
+    lines = empty_fields(name, questions, fields)
+    empty = [at for at, row in enumerate(questions) if not any(row.record.get(each, "?").strip() for each in fields)]
+    if not fields or name not in ("train", "dev"):
+        empty = []
+    if empty and len(empty) == len(questions):
+        raise RecordError(f"the {name} data ({questions.name}) has no row with text in {', '.join(fields)}")
+    if empty:
+        lines[-1] += f"; {len(empty)} of {len(questions)} rows have no text at all and are left out"
+    report.warnings += lines
+    return _leave_out(questions, dict.fromkeys(empty, "no text"), report)
 
 
-def _check_spellings(counts: Mapping[str, int], mistyped: Mapping[str, str], *, name: str) -> None:
-    """Raise a RecordError if frequent labels differ in capitals or spaces only."""
-    spellings: dict[str, list[str]] = {}
-    for label in sorted(counts, key=lambda label: (-counts[label], label)):
-        if label not in mistyped:
-            spellings.setdefault(_folded(label), []).append(label)
-    same = [listed for listed in spellings.values() if len(listed) > 1]
-    if same:
-        shown = "; ".join(" and ".join(f"'{label}' ({counts[label]})" for label in listed) for listed in same[:SHOWN])
-        raise RecordError(
-            f"{name}: labels differ in capitals or spaces only: {shown}. Take them as one with alias_label {CASE}, or "
-            'name the labels (--labels "good;bad")'
-        )
-
-
-def _counts(name: str, questions: Questions, labels: Sequence[str]) -> str:
+def _without_mistyped(name: str, questions: Questions, frequent: Mapping[str, int], report: Report) -> Questions:
+    """Leave rows out whose label looks like a mistyped one."""
     counts = Counter(row.record[TARGET_FIELD] for row in questions)
-    listed = ", ".join(f"{cut(label, LONGEST)} {counts[label]}" for label in labels[: 4 * SHOWN])
-    return f"{name}: {len(labels)} labels in {len(questions)} records: {listed}{', ...' * (len(labels) > 4 * SHOWN)}"
+    strange = {label: 1 for label, count in counts.items() if label not in frequent and count <= RARE}
+    reasons: dict[int, str] = {}
+    for label, right in look_alikes({**strange, **frequent}).items():
+        wrong = {at: row for at, row in enumerate(questions) if row.record[TARGET_FIELD] == label}
+        if not wrong:
+            continue
+        pair = f"{label}={right}"
+        pair = pair if re.fullmatch(r"[\w=.+-]+", pair) else f'"{pair}"'
+        report.warnings.append(
+            f"{name}: '{label}' looks like '{right}' ({_places([*wrong.values()])}); left out. Correct it in the file, "
+            f"or count it as that label: alias_label {pair}"
+        )
+        reasons |= dict.fromkeys(wrong, f"'{label}' looks like '{right}'")
+    return _leave_out(questions, reasons, report)
 
 
-def _same(questions: Questions, rows: Iterable[Question]) -> Questions:
-    """Return other rows of the same data, with a hash of their own."""
-    return Questions(rows, name=questions.name, fields=questions.fields)
-
-
-def _rows_with(parts: Mapping[str, Questions], label: str) -> list[Question]:
-    return [row for questions in parts.values() for row in questions if row.record[TARGET_FIELD] == label]
+def _listed(labels: Sequence[str], counts: Mapping[str, int], *, most: int) -> str:
+    listed = ", ".join(f"{cut(label, LONGEST)} {counts.get(label, 0)}" for label in labels[:most])
+    return listed + ", ..." * (len(labels) > most)
 
 
 def _place(row: Question) -> str:
@@ -439,7 +425,7 @@ def _place(row: Question) -> str:
 
 
 def _places(rows: Sequence[Question]) -> str:
-    """Return the places of rows, the name of their file once: ``mail.csv, lines 12 and 57``."""
+    """Return the places of rows, the name of their file once: ``mail.csv, lines 12, 57``."""
     shown = [_place(row) for row in rows[:SHOWN]]
     heads = {place.rpartition(" ")[0] for place in shown}
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
@@ -455,10 +441,6 @@ def _pairs(pairs: Sequence[tuple[Question, Question]]) -> str:
     return f"{listed}{more} {'has' if len(pairs) == 1 else 'have'}"
 
 
-def _quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w=.+-]+", text) else f'"{text}"'
-
-
 def _folded(label: str) -> str:
     return " ".join(label.casefold().split())
 
@@ -471,15 +453,15 @@ def _are_amounts(counts: Mapping[str, int]) -> bool:
     return len(counts) > MAX_NUMBERS or any("." in text or "," in text for text in counts)
 
 
-def _is_alike(one: str, other: str) -> bool:
+def _is_alike(label: str, other: str) -> bool:
     """Whether two labels may be one, mistyped. Numbers in them make a difference: "5 stars" is not "4 stars"."""
-    left, right = _folded(one), _folded(other)
+    left, right = _folded(label), _folded(other)
     if left == right:
         return True
-    shortest = min(len(left), len(right))
-    if max(len(left), len(right)) > LONGEST:
-        return False  # a text, and no label
-    if re.findall(r"\d", left) != re.findall(r"\d", right) or shortest < 4 or abs(len(left) - len(right)) > 2:
+    shortest, longest = sorted((len(left), len(right)))
+    if longest > LONGEST or shortest < 4 or longest - shortest > 2:
+        return False  # a text, or too short to tell
+    if re.findall(r"\d", left) != re.findall(r"\d", right):
         return False
     # Mistyped words seldom differ in the first letter, and other words often do: increase, decrease.
     distance = _distance(left, right)
@@ -490,46 +472,11 @@ def _distance(left: str, right: str) -> int:
     """Return the edit distance; swapped neighbours are one edit. Source: Damerau (1964)."""
     before: list[int] = []
     last = list(range(len(right) + 1))
-    for at, one in enumerate(left, start=1):
+    for at, letter in enumerate(left, start=1):
         row = [at]
         for to, other in enumerate(right, start=1):
-            row.append(min(last[to] + 1, row[-1] + 1, last[to - 1] + (one != other)))
-            if at > 1 and to > 1 and one == right[to - 2] and left[at - 2] == other:
+            row.append(min(last[to] + 1, row[-1] + 1, last[to - 1] + (letter != other)))
+            if at > 1 and to > 1 and letter == right[to - 2] and left[at - 2] == other:
                 row[to] = min(row[to], before[to - 2] + 1)
         before, last = last, row
     return last[-1]
-
-
-def _check_template(
-    name: str,
-    task: TaskFile,
-    template: Template,
-    tokenizer: Tokenizer,
-    kind: Kind,
-    sample: Question,
-    parts: Sequence[Questions],
-) -> Report:
-    facts, warnings = [], []
-    try:
-        bound = TokenizedTemplate(template, tokenizer=tokenizer, kind=kind)
-        if task.label_words is not None:
-            lines = task.label_words.check_known(task.label_words.examples(bound, sample.record))
-            facts.append(f"label words and their tokens: {'; '.join(lines)}")
-        filled: list[Example] = []
-        for questions in parts:
-            chosen = questions[:FILLED_ROWS]
-            texts = [max(task.answer_space.texts(row) or ("a",), key=len) for row in chosen]
-            records = [row.record for row in chosen]
-            filled += bound.examples(records, targets=texts, source=f"{questions.name}, row")
-        warnings += check_known(bound, task.answer_space, parts)
-        short = sum(example.shortened for example in filled)
-        if short:
-            fields = [piece for piece in template.pieces if isinstance(piece, Field)]
-            shrinking = dict.fromkeys(piece.name for piece in fields if not piece.keep)
-            warnings.append(
-                f"{name}: {short} of {len(filled)} rows are shortened to {tokenizer.max_tokens} tokens, in the fields "
-                f"without '!': {', '.join(shrinking) or 'none'}"
-            )
-    except PTuningError as error:
-        return Report(tuple(facts), tuple(warnings), (f"{name}: {error}",))
-    return Report(tuple(facts), tuple(warnings))

@@ -148,7 +148,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
         list(warn_truncated([made], parts[name].name, bound.max_length))
-    left_out = spec.checked.left_out if spec.checked is not None else ()
+    left_out = tuple(spec.checked.left_out) if spec.checked is not None else ()
     merge, method = merges(spec.alias_label), spec.method or method_name(template, config.train_backbone)
     return Prepared(
         template, bound, backbone, config, facts, answers, task, parts, items, fields, merge, left_out, method, began

@@ -85,7 +85,7 @@ def check_task(
         terminal.line(f"  {fact}")
     for warning in checked.warnings:
         terminal.say(f"warning: {warning}")
-    problems = checked.problems + (checked.warnings if strict else ())
+    problems = checked.problems + (checked.warnings if strict else [])
     if problems:
         raise TaskError(f"{task}: " + "\n  ".join(problems))
     terminal.line(f"fine with the tokenizer of {backbone or sources.BACKBONE}")
