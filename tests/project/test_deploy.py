@@ -25,7 +25,6 @@ from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.metrics import Metrics
 from ptuning.serve.http.middleware import ADMIN
 from ptuning.serve.http.service import Settings
-from ptuning.serve.registry import Registry
 from tests.cli.calls import commands_of
 from tests.conftest import ROOT, learned
 from tests.serve.conftest import FakeEngine, registry_of
@@ -56,7 +55,7 @@ def options() -> set[str]:
 @pytest.fixture(scope="module")
 def metrics() -> set[str]:
     """The names of all samples that the service can expose."""
-    metrics = Metrics(Registry(None, base_name="base", check=id), status=lambda: None)
+    metrics = Metrics(registry_of({}), FakeEngine(None))  # type: ignore[arg-type]
     exposed = metrics.exposition()[0].decode()
     found = set()
     for name, kind in re.findall(r"# TYPE (\S+) (\S+)", exposed):

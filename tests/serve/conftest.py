@@ -18,16 +18,19 @@ from ptuning.data.task_files import load_task
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine.engine import Engine
+from ptuning.serve.engine.engine import Engine, EngineStatus
 from ptuning.serve.engine.job import Job, Outcome, QueueFullError, StoppedError, Usage
 from ptuning.serve.http.app import create_app
-from ptuning.serve.http.metrics import Metrics
 from ptuning.serve.http.service import Service, Settings
 from ptuning.serve.registry import Registry, Served
 from tests.conftest import learned
 
 BASE = "tiny"
 LABELS = {"positive": ["great", "good"], "negative": ["terrible"]}
+STATUS = EngineStatus(
+    rows_waiting=3, rows_writing=2, rows_done=10, rows_failed=2, rows_cancelled=1, passes=5, tokens_read=100,
+    tokens_written=20, cached_tokens=40, kept_texts=1, kept_bytes=4096,
+)  # fmt: skip
 ANSWER = Outcome(Prediction("an answer", (Candidate("an answer", -1.0),)), Usage(10, 2, 4), waited=0.5)
 
 
@@ -62,7 +65,7 @@ class FakeEngine:
     is_alive: bool = True
     is_full: bool = False
     has_failed: bool = False
-    status: object = None
+    status: EngineStatus = STATUS
     jobs: list[Job] = field(default_factory=list)
     _closed: bool = False
     _answered: threading.Event = field(default_factory=threading.Event)
@@ -127,10 +130,9 @@ class Api:
         return self.model.predict([record], self.prompts[name], **how)[0]
 
 
-def api_of(engine: Any, prompts: dict[str, Prompt], settings: Settings | None = None) -> Api:
+def api_of(engine: Any, prompts: dict[str, Prompt], settings: Settings | None = None, **named: Any) -> Api:
     """Return a client of a service on an engine."""
-    registry = registry_of(prompts)
-    app = create_app(engine, registry, settings, metrics=Metrics(registry, status=lambda: engine.status))
+    app = create_app(engine, registry_of(prompts), settings, **named)
     return Api(TestClient(app), app.state.service, prompts)
 
 

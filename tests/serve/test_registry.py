@@ -26,7 +26,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from ptuning.backbone.backbone import Backbone
 from ptuning.errors import FileError, PromptError, PTuningError
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
 from ptuning.prompt.prompt import Prompt
@@ -43,7 +42,6 @@ from ptuning.serve.registry import (
 )
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
-from tests.conftest import learned
 
 BACKBONE = BackboneId("some-model", None, "some-fingerprint")
 
@@ -269,23 +267,15 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def header(about: dict[str, object], *, length: int | None = None, data: bytes = bytes(32)) -> bytes:
+def header(about: dict[str, object], *, length: int | None = None) -> bytes:
     text = json.dumps(about).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(32)
 
 
 GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
 BAD_VECTORS = {
     "header of an exabyte": header({VECTORS_KEY: GOOD}, length=2**60),
-    "header after the end": header({VECTORS_KEY: GOOD}, length=10_000),
-    "huge shape": header({VECTORS_KEY: {**GOOD, "shape": [2**40, 2**20]}}),
     "shape that overflows": header({VECTORS_KEY: {**GOOD, "shape": [2**63, 2**63]}}),
-    "offsets that overlap": header({VECTORS_KEY: GOOD, "other": {**GOOD, "data_offsets": [0, 32]}}),
-    "offsets after the end": header({VECTORS_KEY: {**GOOD, "shape": [2, 400], "data_offsets": [0, 3200]}}),
-    "an extra key": safetensors.torch.save({VECTORS_KEY: torch.zeros(2, 4), "other": torch.zeros(1)}),
-    "another key": safetensors.torch.save({"other": torch.zeros(2, 4)}),
-    "another shape": safetensors.torch.save({VECTORS_KEY: torch.zeros(4, 2)}),
-    "another type": safetensors.torch.save({VECTORS_KEY: torch.zeros(2, 4, dtype=torch.float16)}),
     "NaN": safetensors.torch.save({VECTORS_KEY: torch.full((2, 4), float("nan"))}),
     "nothing": b"",
 }
@@ -329,24 +319,6 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
         handle.truncate(2**40)
     with pytest.raises(PromptError, match=f"{MAX_VECTORS_BYTES:,}"):
         registry_of(tmp_path).load("x", "bomb")
-
-
-def test_a_prompt_that_does_not_fit_the_model_is_refused(causal: Backbone, tmp_path: Path) -> None:
-    """Abuse case 9: of another backbone, another width, or with other slots for this tokenizer; the others stay."""
-    good = learned(causal, "[P*2] {text} [P:is] [Y]")
-    assert good.backbone is not None
-    good.save(tmp_path / "good")
-    replace(good, backbone=replace(good.backbone, fingerprint="x-y")).save(tmp_path / "backbone")
-    replace(good, slot_vectors=torch.zeros(3, 8)).save(tmp_path / "width")
-    replace(good, slot_vectors=torch.zeros(5, causal.width)).save(tmp_path / "slots")
-    registry = registry_of(tmp_path, check=lambda prompt: prompt.bind(causal))
-    changes = registry.reload()
-    assert changes.added == ("good",)
-    for name, fact in (("backbone", causal.name), ("slots", "5 vectors"), ("width", "8 wide")):
-        assert fact in changes.failed[name]
-        with pytest.raises(PromptError, match=f"'{name}' cannot be loaded"):
-            registry.load(name, name)
-    assert list(registry.served) == ["good"]
 
 
 def test_a_machine_without_file_handles_or_disk_loses_no_prompt(

@@ -6,37 +6,24 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.testclient import TestClient
 
 from ptuning.errors import FileError
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine.engine import EngineStatus
 from ptuning.serve.engine.job import Job, Listener, QueueFullError
 from ptuning.serve.http import metrics as metrics_module
-from ptuning.serve.http.app import create_app
 from ptuning.serve.http.metrics import OTHER, UNKNOWN, Metrics, access_log
 from ptuning.serve.http.service import Settings
-from ptuning.serve.registry import Registry
-from tests.serve.conftest import BASE, FakeEngine, fails_with, registry_of
+from tests.serve.conftest import BASE, Api, FakeEngine, api_of, fails_with
 
-STATUS = EngineStatus(
-    rows_waiting=3, rows_writing=2, rows_done=10, rows_failed=2, rows_cancelled=1, passes=5, tokens_read=100,
-    tokens_written=20, cached_tokens=40, kept_texts=1, kept_bytes=4096,
-)  # fmt: skip
 FULL = fails_with(QueueFullError("256 rows wait already", retry_after=2.0))
 BROKEN = fails_with(RuntimeError("secret text"))
-
-
-@pytest.fixture
-def registry() -> Registry:
-    return registry_of({name: Prompt.manual("{text} [Y]") for name in ("a", "b")})
 
 
 @pytest.fixture
@@ -44,24 +31,29 @@ def log_file(tmp_path: Path) -> Path:
     return tmp_path / "access.log"
 
 
+def api_with(log: logging.Logger) -> Api:
+    """A service with prompts a and b, whose engine answers at once, with 10 tokens read and 2 generated."""
+    engine = FakeEngine(SimpleNamespace(backbone=SimpleNamespace(fingerprint="f", kind="causal")))
+    engine.on_job = engine.answer
+    prompts = {name: Prompt.manual("{text} [Y]") for name in ("a", "b")}
+    return api_of(engine, prompts, Settings(open_metrics=True), log=log)
+
+
 @pytest.fixture
-def metrics(registry: Registry, log_file: Path) -> Iterator[Metrics]:
+def api(log_file: Path) -> Iterator[Api]:
     log = access_log(log_file)
-    yield Metrics(registry, status=lambda: STATUS, log=log)
+    yield api_with(log)
     log.handlers[0].close()
 
 
-def client_of(metrics: Metrics, on_job: Callable[[Job], None] | None = None) -> TestClient:
-    """A client of a service that is measured; its engine answers at once, with 10 tokens read and 2 written."""
-    engine: Any = FakeEngine(SimpleNamespace(backbone=SimpleNamespace(fingerprint="f", kind="causal")))
-    engine.on_job = on_job or engine.answer
-    return TestClient(create_app(engine, metrics._registry, Settings(open_metrics=True), metrics=metrics))
+@pytest.fixture
+def metrics(api: Api) -> Metrics:
+    return api.service.metrics
 
 
-def ask(
-    client: TestClient, *names: str, rows: int = 1, path: str = "/v1/predict", headers: dict[str, str] | None = None
-) -> Any:
-    return client.post(path, json={"model": list(names), "records": [{"text": "s3cret"}] * rows}, headers=headers)
+def ask(api: Api, *names: str, rows: int = 1, path: str = "/v1/predict", headers: dict[str, str] | None = None) -> Any:
+    body = {"model": list(names), "records": [{"text": "s3cret"}] * rows}
+    return api.client.post(path, json=body, headers=headers)
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:
@@ -80,13 +72,13 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="ascii").split("\n") if line]
 
 
-def test_requests_are_counted_by_route_status_reason_and_model(metrics: Metrics) -> None:
-    assert ask(client_of(metrics), "a", "b", rows=3).status_code == 200
-    assert ask(client_of(metrics, FULL), "a").status_code == 429
-    assert ask(client_of(metrics, BROKEN), "a").status_code == 500
-    client = client_of(metrics)
-    client.post("/v1/predict", content="{", headers={"content-type": "application/json"})
-    client.get("/nowhere")
+def test_requests_are_counted_by_route_status_reason_and_model(api: Api, metrics: Metrics) -> None:
+    assert ask(api, "a", "b", rows=3).status_code == 200
+    for on_job, status in ((FULL, 429), (BROKEN, 500)):
+        api.engine.on_job = on_job
+        assert ask(api, "a").status_code == status
+    api.client.post("/v1/predict", content="{", headers={"content-type": "application/json"})
+    api.client.get("/nowhere")
     values = numbers(metrics)
     assert {name: value for name, value in values.items() if name.startswith(("requests_total", "refusals_total"))} == {
         "requests_total{route=/v1/predict,status=200}": 1,
@@ -107,8 +99,8 @@ def test_requests_are_counted_by_route_status_reason_and_model(metrics: Metrics)
     assert values["time_to_first_token_seconds_count"] == values["e2e_request_latency_seconds_count"] - 2 == 1
 
 
-def test_the_engine_and_the_registry_are_shown_as_they_are(metrics: Metrics, registry: Registry) -> None:
-    registry.unload("a")
+def test_the_engine_and_the_registry_are_shown_as_they_are(api: Api, metrics: Metrics) -> None:
+    api.service.registry.unload("a")
     expected = {
         "num_rows_waiting": 3, "num_rows_running": 2, "kept_bytes": 4096, "kept_texts": 1, "rows_total": 10,
         "passes_total": 5, "prompt_tokens_total": 140, "generation_tokens_total": 20, "cached_tokens_total": 40,
@@ -135,11 +127,11 @@ def test_waiting_and_running_requests_and_clients_that_go_away(metrics: Metrics,
     assert [line["status"] for line in lines(log_file)] == [499] * 3
 
 
-def test_invented_names_become_neither_labels_nor_lines(metrics: Metrics, log_file: Path) -> None:
+def test_invented_names_become_neither_labels_nor_lines(api: Api, metrics: Metrics, log_file: Path) -> None:
     """Abuse case 19."""
-    client = client_of(metrics)
+    client = api.client
     for number in range(20):
-        assert ask(client, f"made-up-{number}").status_code == 404
+        assert ask(api, f"made-up-{number}").status_code == 404
         client.get(f"/v1/models/made-up-{number}")
         client.get(f"/made-up-{number}", headers={"x-request-id": f"made-up {number}"})
         client.request(f"MADEUP{number}", "/v1/predict")
@@ -152,8 +144,9 @@ def test_invented_names_become_neither_labels_nor_lines(metrics: Metrics, log_fi
 
 
 def test_prompts_that_come_and_go_do_not_grow_the_metrics(
-    metrics: Metrics, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    api: Api, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    registry = api.service.registry
     monkeypatch.setattr(metrics_module, "MAX_NAMES", 2)
     for name in ("x", "y", "z", "u"):
         registry._publish(name, registry.get("a"))
@@ -165,8 +158,8 @@ def test_prompts_that_come_and_go_do_not_grow_the_metrics(
     assert names == [f"model_requests_total{{model={name}}}" for name in ("x", "y", OTHER)]
 
 
-def test_a_request_is_a_line(metrics: Metrics, log_file: Path) -> None:
-    ask(client_of(metrics), "a", rows=2, headers={"x-request-id": "mine-1"})
+def test_a_request_is_a_line(api: Api, log_file: Path) -> None:
+    ask(api, "a", rows=2, headers={"x-request-id": "mine-1"})
     (line,) = lines(log_file)
     assert line["total_ms"] >= line["first_token_ms"] >= 0
     assert line["time"].endswith("+00:00")
@@ -176,13 +169,14 @@ def test_a_request_is_a_line(metrics: Metrics, log_file: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_line_holds_neither_keys_nor_texts(metrics: Metrics, log_file: Path) -> None:
+def test_a_line_holds_neither_keys_nor_texts(api: Api, metrics: Metrics, log_file: Path) -> None:
     """Abuse cases 16 and 18: of the address only the route is logged, of a request only numbers, all in one line."""
     secret = {"authorization": "Bearer s3cret", "x-request-id": "s3cret\n{}", "user-agent": "s3cret"}
-    for on_job in (None, BROKEN, FULL):
-        ask(client_of(metrics, on_job), "a", path="/v1/predict?key=s3cret", headers=secret)
+    for on_job in (api.engine.answer, BROKEN, FULL):
+        api.engine.on_job = on_job
+        ask(api, "a", path="/v1/predict?key=s3cret", headers=secret)
     for path in ("/v1/models/s3cret?key=s3cret", "/s3cret"):
-        client_of(metrics).get(path, headers=secret)
+        api.client.get(path, headers=secret)
     text = log_file.read_text(encoding="ascii")
     assert [line["status"] for line in lines(log_file)] == [200, 500, 429, 404, 404]
     assert "s3cret" not in text
@@ -194,10 +188,10 @@ def test_a_line_holds_neither_keys_nor_texts(metrics: Metrics, log_file: Path) -
 
 
 def test_a_log_that_cannot_be_written_fails_no_request(
-    metrics: Metrics, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api: Api, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Abuse case 23: a full disk, or a folder that goes, loses lines; one that is missing at the start is an error."""
-    client = client_of(metrics)
+    client = api.client
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -210,7 +204,7 @@ def test_a_log_that_cannot_be_written_fails_no_request(
     folder = log_file.parent / "logs"
     folder.mkdir()
     log = access_log(folder / "log")
-    other = client_of(Metrics(metrics._registry, status=lambda: STATUS, log=log))
+    other = api_with(log).client
     shutil.rmtree(folder)
     assert other.get("/metrics").status_code == 200
     folder.mkdir()
@@ -224,8 +218,8 @@ def test_a_log_that_cannot_be_written_fails_no_request(
         access_log(folder / "none" / "log")
 
 
-def test_without_a_file_lines_go_to_the_error_stream(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
-    client_of(Metrics(registry, status=lambda: STATUS, log=access_log(None))).get("/metrics")
+def test_without_a_file_lines_go_to_the_error_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    api_with(access_log(None)).client.get("/metrics")
     captured = capsys.readouterr()
     assert json.loads(captured.err)["route"] == "/metrics"
     assert captured.out == ""

@@ -74,7 +74,6 @@ def serve(
     from ptuning.prompt.predict import PromptModel
     from ptuning.serve.engine.engine import Engine
     from ptuning.serve.http.app import create_app
-    from ptuning.serve.http.metrics import Metrics
     from ptuning.serve.http.metrics import access_log as open_access_log
     from ptuning.serve.server import address_of, listen, run
 
@@ -85,8 +84,7 @@ def serve(
         engine = Engine(PromptModel(loaded), queue_rows=queue_rows, cache_memory=cache_memory)
         engine.start()
         registry = registry_of(prompts, folders, engine)
-        metrics = Metrics(registry, status=lambda: engine.status, log=log)
-        app = create_app(engine, registry, settings, metrics=metrics)
+        app = create_app(engine, registry, settings, log=log)
         count, address = len(registry.served), address_of(listener)
         ready = (
             f"{address} serves {count} prompt{'s' * (count != 1)} on {registry.base_name}; open it in a browser, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http
+import logging
 from importlib.resources import files
 
 from fastapi import APIRouter, FastAPI, Request
@@ -34,7 +35,7 @@ page = APIRouter(include_in_schema=False)
 
 
 def create_app(
-    engine: Engine, registry: Registry, settings: Settings | None = None, *, metrics: Metrics | None = None
+    engine: Engine, registry: Registry, settings: Settings | None = None, *, log: logging.Logger | None = None
 ) -> FastAPI:
     """Return the service over HTTP; its :class:`Service` is ``app.state.service``.
 
@@ -42,15 +43,14 @@ def create_app(
         engine: Answers rows; it must have been started.
         registry: The prompts by name.
         settings: Keys and limits.
-        metrics: Counts all requests; without it, there is no access log.
+        log: The access log of :func:`~ptuning.serve.http.metrics.access_log`; None for no log.
     """
     app = FastAPI(
         title="ptuning", version=VERSION, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         responses=STATUSES, redirect_slashes=False,
     )  # fmt: skip
     settings = settings or Settings()
-    metrics = metrics or Metrics(registry, status=lambda: engine.status)
-    app.state.service = service = Service(engine, registry, settings, metrics)
+    app.state.service = service = Service(engine, registry, settings, Metrics(registry, engine, log))
     app.include_router(routes.router)
     app.include_router(page)
     if settings.admin_keys is not None:

@@ -10,7 +10,8 @@ import json
 import logging
 import logging.handlers
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from ptuning.serve.engine.job import CallRow, Job, Outcome, Row, Usage
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
+    from ptuning.serve.engine.engine import Engine
     from ptuning.serve.registry import Registry
 
 UNKNOWN, OTHER = "(unknown)", "(other)"
@@ -37,49 +39,37 @@ CLIENT_GONE = 499  # the status that nginx logs for a client that disconnected
 LOGGED_NAMES = 10  # per request
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
-# Metric -> description, and the field of the engine's status that it shows.
-ENGINE_GAUGES = {
-    "num_rows_waiting": ("Rows in the queue", "rows_waiting"),
-    "num_rows_running": ("Rows that are being decoded", "rows_writing"),
-    "kept_bytes": ("Memory of the prefix cache", "kept_bytes"),
-    "kept_texts": ("Prefixes in the cache", "kept_texts"),
-}
-ENGINE_COUNTERS = {
-    "rows": ("Rows that were answered", "rows_done"),
-    "passes": ("Forward passes of the model", "passes"),
-    "prompt_tokens": ("Input tokens, slots included", "prompt_tokens"),
-    "generation_tokens": ("Generated tokens", "tokens_written"),
-    "cached_tokens": ("Input tokens taken from the prefix cache", "cached_tokens"),
-    "rows_cancelled": ("Rows whose client disconnected before they were answered", "rows_cancelled"),
-    "rows_failed": ("Rows that failed", "rows_failed"),
+# Metric -> description, field of the engine's status, and kind.
+ENGINE_METRICS: dict[str, tuple[str, str, type[GaugeMetricFamily | CounterMetricFamily]]] = {
+    "num_rows_waiting": ("Rows in the queue", "rows_waiting", GaugeMetricFamily),
+    "num_rows_running": ("Rows that are being decoded", "rows_writing", GaugeMetricFamily),
+    "kept_bytes": ("Memory of the prefix cache", "kept_bytes", GaugeMetricFamily),
+    "kept_texts": ("Prefixes in the cache", "kept_texts", GaugeMetricFamily),
+    "rows": ("Rows that were answered", "rows_done", CounterMetricFamily),
+    "passes": ("Forward passes of the model", "passes", CounterMetricFamily),
+    "prompt_tokens": ("Input tokens, slots included", "prompt_tokens", CounterMetricFamily),
+    "generation_tokens": ("Generated tokens", "tokens_written", CounterMetricFamily),
+    "cached_tokens": ("Input tokens taken from the prefix cache", "cached_tokens", CounterMetricFamily),
+    "rows_cancelled": ("Rows whose client disconnected", "rows_cancelled", CounterMetricFamily),
+    "rows_failed": ("Rows that failed", "rows_failed", CounterMetricFamily),
 }
 
 
+@dataclass(eq=False)
 class RequestStats:
     """Measurements of one request: its route sets the models and rows, the engine's thread the outcomes."""
 
-    def __init__(self, request_id: str, method: str) -> None:
-        self.id = request_id
-        self.method = method if method in METHODS else OTHER
-        self.status = 0
-        self.error: str | None = None  # its code
-        self.usage: dict[str, list[Usage]] = {}  # of answered rows, by model name
-        self.rows = 0
-        self.queue_seconds: float | None = None
-        self.first_token_seconds: float | None = None
-        self._began = time.perf_counter()
-        self._jobs: list[Job] = []
-        self._names: dict[int, str] = {}
-
-    @property
-    def seconds(self) -> float:
-        """Age of the request."""
-        return time.perf_counter() - self._began
-
-    @property
-    def is_running(self) -> bool:
-        """Whether one of its rows has left the queue."""
-        return any(job.is_begun for job in self._jobs)
+    id: str
+    method: str
+    status: int = 0
+    error: str | None = None  # its code
+    usage: dict[str, list[Usage]] = field(default_factory=dict)  # of answered rows, by model name
+    jobs: list[Job] = field(default_factory=list)
+    rows: int = 0
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    began: float = field(default_factory=time.perf_counter)
+    _names: dict[int, str] = field(default_factory=dict)
 
     def add_model(self, name: str, prompt: Prompt | None = None) -> None:
         """Note a model that the request names, which need not exist."""
@@ -89,13 +79,13 @@ class RequestStats:
 
     def add_job(self, job: Job) -> None:
         """Note rows that are in the queue."""
-        self._jobs.append(job)
+        self.jobs.append(job)
         self.rows += sum(not isinstance(row, CallRow) for row in job.rows)
 
     def note_first_token(self) -> None:
         """Note the time of the first piece of an answer."""
         if self.first_token_seconds is None:
-            self.first_token_seconds = self.seconds
+            self.first_token_seconds = time.perf_counter() - self.began
 
     def add_outcome(self, row: Row, outcome: Outcome) -> None:
         """Note an answered row."""
@@ -121,16 +111,14 @@ class Metrics:
 
     Args:
         registry: The prompts and the base model, whose names are used as labels.
-        status: Returns the engine's numbers; see :data:`ENGINE_GAUGES`.
+        engine: Its status is shown.
         log: Access log; see :func:`access_log`. None for no log.
     """
 
-    def __init__(self, registry: Registry, *, status: Callable[[], object], log: logging.Logger | None = None) -> None:
-        self._registry = registry
-        self._status = status
-        self._log = log
+    def __init__(self, registry: Registry, engine: Engine, log: logging.Logger | None = None) -> None:
+        self._registry, self._engine, self._log = registry, engine, log
         self._live: set[RequestStats] = set()
-        self._labels: set[str] = set()
+        self._names: set[str] = set()
         self._metrics = CollectorRegistry()
         self._metrics.register(self)
         ProcessCollector(registry=self._metrics)
@@ -161,21 +149,21 @@ class Metrics:
         info = GaugeMetricFamily("ptuning_build_info", "Version and base model", labels=("version", "model"))
         info.add_metric((VERSION, self._registry.base_name), 1)
         yield info
-        status, running = self._status(), [stats.is_running for stats in [*self._live] if stats.rows]
-        gauges: dict[str, tuple[str, float]] = {
-            "num_requests_running": ("Requests that are being answered", sum(running)),
-            "num_requests_waiting": ("Requests in the queue", len(running) - sum(running)),
-            "prompts_loaded": ("Prompts in service", len(self._registry.served)),
-            "prompts_failed": ("Prompts that could not be loaded", len(self._registry.failures)),
-        } | {name: (text, getattr(status, field, 0)) for name, (text, field) in ENGINE_GAUGES.items()}
-        for name, (text, value) in gauges.items():
+        running = [any(job.is_begun for job in stats.jobs) for stats in [*self._live] if stats.rows]
+        for name, text, value in (
+            ("num_requests_running", "Requests that are being answered", sum(running)),
+            ("num_requests_waiting", "Requests in the queue", len(running) - sum(running)),
+            ("prompts_loaded", "Prompts in service", len(self._registry.served)),
+            ("prompts_failed", "Prompts that could not be loaded", len(self._registry.failures)),
+        ):
             yield GaugeMetricFamily(f"ptuning_{name}", text, value=value)
-        for name, (text, field) in ENGINE_COUNTERS.items():
-            yield CounterMetricFamily(f"ptuning_{name}", text, value=getattr(status, field, 0))
+        status = self._engine.status
+        for name, (text, attribute, kind) in ENGINE_METRICS.items():
+            yield kind(f"ptuning_{name}", text, value=getattr(status, attribute))
 
     def begin(self, request_id: str, method: str) -> RequestStats:
         """Begin to measure a request."""
-        stats = RequestStats(request_id, method)
+        stats = RequestStats(request_id, method if method in METHODS else OTHER)
         self._live.add(stats)
         return stats
 
@@ -184,7 +172,7 @@ class Metrics:
         hold anything.
         """
         self._live.discard(stats)
-        seconds, status = stats.seconds, stats.status or CLIENT_GONE
+        seconds, status = time.perf_counter() - stats.began, stats.status or CLIENT_GONE
         self._requests.labels(route, str(status)).inc()
         if status >= 400 or stats.error is not None:
             self._refusals.labels(stats.error or str(status)).inc()
@@ -193,8 +181,8 @@ class Metrics:
             is_known = name == self._registry.base_name or name in self._registry.served
             usage.setdefault(name if is_known else UNKNOWN, []).extend(rows)
         for name, rows in usage.items() if stats.rows or status >= 400 else ():
-            label = name if name in self._labels or len(self._labels) < MAX_NAMES else OTHER
-            self._labels.add(label)
+            label = name if name in self._names or len(self._names) < MAX_NAMES else OTHER
+            self._names.add(label)
             self._by_model.labels(label).inc()
             self._rows_by_model.labels(label).inc(len(rows))
             self._read_by_model.labels(label).inc(sum(row.prompt_tokens for row in rows))
@@ -240,7 +228,7 @@ def access_log(file: Path | None) -> logging.Logger:
         FileError: If the file cannot be opened.
     """
     try:
-        handler = _StreamHandler() if file is None else _FileHandler(file, encoding="utf-8")
+        handler = logging.StreamHandler() if file is None else _LossyHandler(file, encoding="utf-8")
     except OSError as error:
         raise file_error("write", Path(file or "-"), error) from error
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -249,7 +237,7 @@ def access_log(file: Path | None) -> logging.Logger:
     return logger
 
 
-class _Lossy(logging.Handler):
+class _LossyHandler(logging.handlers.WatchedFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or lose it."""
         with contextlib.suppress(OSError):
@@ -257,11 +245,3 @@ class _Lossy(logging.Handler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Lose a line."""
-
-
-class _StreamHandler(_Lossy, logging.StreamHandler):  # type: ignore[type-arg]
-    """Lines to the error stream."""
-
-
-class _FileHandler(_Lossy, logging.handlers.WatchedFileHandler):
-    """Lines to a file, which is opened again after a rotation."""

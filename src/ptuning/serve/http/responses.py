@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from starlette.responses import StreamingResponse
 
 from ptuning.engine.decoding import Token
 from ptuning.files import Json
-from ptuning.serve.engine.job import CallRow, Job, Listener, Outcome, Row, Usage
+from ptuning.serve.engine.job import CallRow, Job, Listener, Outcome, Row
 from ptuning.serve.http.errors import ClientGoneError, as_api_error, as_json, invalid
 from ptuning.serve.http.metrics import RequestStats, stats_of
 from ptuning.serve.http.service import Service
@@ -197,8 +198,9 @@ def finite(value: Json) -> Json:
 
 def usage_json(outcomes: Sequence[Outcome], *, choices: int = 1) -> Body:
     """Return the usage of a request. The input of several answers to it (``choices``) counts once."""
-    inputs: list[Usage] = [outcome.usage for outcome in outcomes[::choices]]
-    read, written = sum(usage.prompt_tokens for usage in inputs), sum(row.usage.completion_tokens for row in outcomes)
+    inputs = [outcome.usage for outcome in outcomes[::choices]]
+    read = sum(usage.prompt_tokens for usage in inputs)
+    written = sum(outcome.usage.completion_tokens for outcome in outcomes)
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
@@ -222,11 +224,12 @@ def _tokens_of(outcome: Outcome) -> Sequence[Token]:
 
 @dataclass
 class ResponseBuilder:
-    """Builds the response to one request; a subclass for each route.
+    """Builds the response to one request for a completion or a chat.
 
     Args:
         model: The model's name in the request.
         fingerprint: ``system_fingerprint``.
+        is_chat: Whether it is a chat.
         choices: Number of answers to each text.
         log_probs: Number of alternatives per token; None for no log-probabilities.
         with_usage: Whether a stream ends with its usage.
@@ -234,6 +237,7 @@ class ResponseBuilder:
 
     model: str
     fingerprint: str
+    is_chat: bool
     choices: int
     log_probs: int | None
     with_usage: bool
@@ -241,27 +245,16 @@ class ResponseBuilder:
     created: int = field(default_factory=lambda: int(time.time()))
     _sent: dict[int, str] = field(default_factory=dict)  # text of each row
 
-    kind: ClassVar[str]
-    stream_kind: ClassVar[str]
-    prefix: ClassVar[str]
-    first_delta: ClassVar[Body | None] = None  # content of a chunk before the first piece of a choice
-    last_delta: ClassVar[Body]
-
-    def choice(self, text: str, tokens: Sequence[Token]) -> Body:
-        """Return the content of a complete choice."""
-        raise NotImplementedError
-
-    def delta(self, text: str, tokens: Sequence[Token], *, offset: int) -> Body:
-        """Return the content of a chunk of a choice."""
-        raise NotImplementedError
-
     def response(self, outcomes: Sequence[Outcome]) -> Body:
         """Return the response to a request that is not streamed."""
-        choices = [
-            {"index": at, **self.choice(_text_of(outcome), _tokens_of(outcome)), "finish_reason": outcome.finish}
-            for at, outcome in enumerate(outcomes)
-        ]
-        return {**self._head(self.kind), "choices": choices, "usage": usage_json(outcomes, choices=self.choices)}
+        choices: list[Body] = []
+        for at, outcome in enumerate(outcomes):
+            text, log_probs = _text_of(outcome), self._log_probs(_tokens_of(outcome), offset=0)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content: Body = {"message": message} if self.is_chat else {"text": text}
+            choices.append({"index": at, **content, "logprobs": log_probs, "finish_reason": outcome.finish})
+        head = self._head("chat.completion" if self.is_chat else "text_completion")
+        return {**head, "choices": choices, "usage": usage_json(outcomes, choices=self.choices)}
 
     def chunks(self, row: int, event: Piece | Outcome | Exception) -> Iterator[Body]:
         """Yield the chunks of an event; the error of a row is raised."""
@@ -273,64 +266,58 @@ class ResponseBuilder:
         text, sent = _text_of(event), self._sent.get(row)
         if sent is None or (len(text) > len(sent) and text.startswith(sent)):
             yield from self._grow(row, text[len(sent or "") :], _tokens_of(event) if sent is None else ())
-        yield self._chunk(row, self.last_delta, event.finish)
+        yield self._chunk(row, {"delta": {}} if self.is_chat else {"text": ""}, finish=event.finish)
 
     def last_chunks(self, outcomes: Sequence[Outcome]) -> Iterator[Body]:
         """Yield the chunks after those of all choices."""
         if self.with_usage:
-            usage = usage_json(outcomes, choices=self.choices)
-            yield {**self._head(self.stream_kind), "choices": [], "usage": usage}
+            yield {**self._chunk(0, {}), "choices": [], "usage": usage_json(outcomes, choices=self.choices)}
 
     def _grow(self, row: int, text: str, tokens: Sequence[Token]) -> Iterator[Body]:
-        if row not in self._sent and self.first_delta is not None:
-            yield self._chunk(row, self.first_delta, None)
+        if row not in self._sent and self.is_chat:
+            yield self._chunk(row, {"delta": {"role": "assistant", "content": ""}})
         sent = self._sent.get(row, "")
         self._sent[row] = sent + text
         if text or tokens:
-            yield self._chunk(row, self.delta(text, tokens, offset=len(sent)), None)
+            content: Body = {"delta": {"content": text}} if self.is_chat else {"text": text}
+            yield self._chunk(row, content, self._log_probs(tokens, offset=len(sent)))
 
-    def _chunk(self, row: int, content: Body, finish: str | None) -> Body:
-        choice = {"index": row, **content, "finish_reason": finish}
+    def _chunk(self, row: int, content: Body, log_probs: Body | None = None, *, finish: str | None = None) -> Body:
+        choice = {"index": row, **content, "logprobs": log_probs, "finish_reason": finish}
         usage: Body = {"usage": None} if self.with_usage else {}
-        return {**self._head(self.stream_kind), "choices": [choice], **usage}
+        head = self._head("chat.completion.chunk" if self.is_chat else "text_completion")
+        return {**head, "choices": [choice], **usage}
 
     def _head(self, kind: str) -> Body:
         return {
-            "id": f"{self.prefix}-{self.id}",
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.id}",
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
 
-
-class CompletionBuilder(ResponseBuilder):
-    """Responses of ``/v1/completions``."""
-
-    kind = stream_kind = "text_completion"
-    prefix = "cmpl"
-    last_delta: ClassVar[Body] = {"text": "", "logprobs": None}
-
-    def choice(self, text: str, tokens: Sequence[Token]) -> Body:
-        """Return the content of a complete choice, which is that of its only chunk."""
-        return self.delta(text, tokens, offset=0)
-
-    def delta(self, text: str, tokens: Sequence[Token], *, offset: int) -> Body:
-        """Return the content of a chunk."""
+    def _log_probs(self, tokens: Sequence[Token], *, offset: int) -> Body | None:
+        """Return the log-probabilities of tokens, the first of which begins at a character of the answer."""
         if self.log_probs is None:
-            return {"text": text, "logprobs": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
-        log_probs = {
+            return None
+        if self.is_chat:
+            content = [
+                {
+                    **_chat_token(token.text, token.log_prob),
+                    "top_logprobs": [_chat_token(*other) for other in token.alternatives[: self.log_probs]],
+                }
+                for token in tokens
+            ]
+            return {"content": content, "refusal": None}
+        ends = itertools.accumulate((len(token.text) for token in tokens), initial=offset)
+        return {
             "tokens": [token.text for token in tokens],
             # The first token of a text has none.
             "token_logprobs": [None if token.log_prob is None else log_prob_of(token.log_prob) for token in tokens],
             "top_logprobs": [self._top_log_probs(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [*ends][:-1],
         }
-        return {"text": text, "logprobs": log_probs}
 
     def _top_log_probs(self, token: Token) -> dict[str, float] | None:
         """Return the likeliest tokens by their text, and the chosen one; of those with the same text, the likeliest."""
@@ -342,36 +329,6 @@ class CompletionBuilder(ResponseBuilder):
         return log_probs
 
 
-class ChatBuilder(ResponseBuilder):
-    """Responses of ``/v1/chat/completions``."""
-
-    kind, stream_kind = "chat.completion", "chat.completion.chunk"
-    prefix = "chatcmpl"
-    first_delta: ClassVar[Body | None] = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-    last_delta: ClassVar[Body] = {"delta": {}, "logprobs": None}
-
-    def choice(self, text: str, tokens: Sequence[Token]) -> Body:
-        """Return the content of a complete choice."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._log_probs(tokens)}
-
-    def delta(self, text: str, tokens: Sequence[Token], *, offset: int) -> Body:  # noqa: ARG002
-        """Return the content of a chunk."""
-        return {"delta": {"content": text}, "logprobs": self._log_probs(tokens)}
-
-    def _log_probs(self, tokens: Sequence[Token]) -> Body | None:
-        if self.log_probs is None:
-            return None
-
-        def entry(text: str, log_prob: float | None) -> Body:
-            value = MIN_LOG_PROB if log_prob is None else log_prob_of(log_prob)
-            return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
-
-        content = [
-            {
-                **entry(token.text, token.log_prob),
-                "top_logprobs": [entry(*other) for other in token.alternatives[: self.log_probs]],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+def _chat_token(text: str, log_prob: float | None) -> Body:
+    value = MIN_LOG_PROB if log_prob is None else log_prob_of(log_prob)
+    return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -27,8 +27,6 @@ from ptuning.serve.http.errors import ApiError, JsonResponse, as_api_error, inva
 from ptuning.serve.http.metrics import stats_of
 from ptuning.serve.http.responses import (
     Body,
-    ChatBuilder,
-    CompletionBuilder,
     ResponseBuilder,
     answered_rows,
     finite,
@@ -56,8 +54,6 @@ from ptuning.template.segments import FILLS_MASKS, Ids
 
 router = APIRouter()
 
-B = TypeVar("B", bound=ResponseBuilder)
-
 
 # Completions and chats: prompts answer the value of their one open field; the base model continues a text.
 
@@ -69,11 +65,10 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     """
     served = Service.of(request).find(request, body.model, param="prompt" if body.fields is None else "fields")
     inputs = _completion_inputs(body, served)
-    builder = _builder(CompletionBuilder, body, request, served, body.logprobs)
     if not body.echo:
         if body.max_tokens == 0:
             raise invalid("max_tokens", "max_tokens is 0, which goes with echo only; it must be 1 or more")
-        return await _answer(request, _rows(body, request, served, inputs, body.logprobs), builder, body)
+        return await _answer(body, request, served, inputs, body.logprobs)
     prompt = None if served is None else served.prompt
     if body.fields is not None or (prompt is not None and prompt.answer_space.is_closed):
         message = "echo is for a text that the model continues, not for fields, labels or choices"
@@ -85,7 +80,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     continued = [] if body.max_tokens == 0 else _rows(body, request, served, texts, body.logprobs)
     outcomes = await answered_rows(request, [*echoes, *continued])
     heads, tails = outcomes[: len(echoes)], outcomes[len(echoes) :]
-    joined = []
+    builder, joined = _builder(body, request, served, body.logprobs), []
     for at, (text, head) in enumerate(zip(texts, heads, strict=True)):
         shown = text if isinstance(text, str) else "".join(token.text for token in head.tokens)
         none = Outcome(usage=Usage(head.usage.prompt_tokens), finish="length")
@@ -107,21 +102,26 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         raise invalid(limit_name, f"{limit_name} is 0; it must be 1 or more")
     question = _chat_question(body, served.prompt)
     alternatives = body.top_logprobs or 0 if body.logprobs else None
-    rows = _rows(body, request, served, [question], alternatives)
-    return await _answer(request, rows, _builder(ChatBuilder, body, request, served, alternatives), body)
-
-
-def _builder(kind: type[B], body: SamplingRequest, request: Request, served: Served | None, log_probs: int | None) -> B:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return kind(body.model, Service.of(request).fingerprint(served), body.n or 1, log_probs, with_usage)
+    return await _answer(body, request, served, [question], alternatives)
 
 
 async def _answer(
-    request: Request, rows: Sequence[PromptRow | TextRow], builder: ResponseBuilder, body: SamplingRequest
+    body: SamplingRequest,
+    request: Request,
+    served: Served | None,
+    inputs: Sequence[Question | str | Ids],
+    log_probs: int | None,
 ) -> Response:
+    rows, builder = _rows(body, request, served, inputs, log_probs), _builder(body, request, served, log_probs)
     if body.stream:
         return await stream_rows(request, rows, builder)
     return JsonResponse(builder.response(await answered_rows(request, rows)))
+
+
+def _builder(body: SamplingRequest, request: Request, served: Served | None, log_probs: int | None) -> ResponseBuilder:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    fingerprint, is_chat = Service.of(request).fingerprint(served), isinstance(body, ChatRequest)
+    return ResponseBuilder(body.model, fingerprint, is_chat, body.n or 1, log_probs, with_usage)
 
 
 def _rows(
