@@ -85,7 +85,7 @@ class PromptEncoder(nn.Module):
             self.lstm = nn.LSTM(width, half, num_layers=2, bidirectional=True, batch_first=True, dropout=dropout)
         self.first = nn.Linear(2 * half if kind == "lstm" else width, inner)
         self.last = nn.Linear(inner, width)
-        # A step of Adam adds up over the layer's inputs (half of them, behind a ReLU), and its length over its outputs.
+        # A step of Adam adds up over the layer's inputs (half of them, after a ReLU), and its length over its outputs.
         self.scale = 2 * MOVED_BY_A_STEP / (inner * width**0.5)
         self._initialise(generator)
 
@@ -109,17 +109,17 @@ class PromptEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the slot vectors, (P, E) float32."""
-        moved: Tensor = self.scale * (self.free if self.kind == "none" else self._made())  # (P, E)
+        moved: Tensor = self.scale * (self.free if self.kind == "none" else self._network())  # (P, E)
         return self.start + self.reach * moved / (1.0 + moved.square().sum(dim=-1, keepdim=True)).sqrt()
 
-    def _made(self) -> Tensor:
-        """Return what the network makes of the learned inputs, (P, E)."""
+    def _network(self) -> Tensor:
+        """Return the output of the network for the learned inputs, (P, E)."""
         hidden = self.inputs[None]  # (1, P, E)
         if self.kind == "lstm":
             hidden = self.lstm(hidden)[0]  # (1, P, 2 * half)
         hidden = torch.relu(self.first(self.dropout(hidden)))  # (1, P, inner)
-        made: Tensor = self.last(functional.rms_norm(hidden, hidden.shape[-1:]))[0]
-        return made
+        vectors: Tensor = self.last(functional.rms_norm(hidden, hidden.shape[-1:]))[0]
+        return vectors
 
 
 def start_vectors(
@@ -132,7 +132,7 @@ def start_vectors(
     how: RandomStart,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return what the slots start at, (P, E) float32.
+    """Return the initial values of slots, (P, E) float32.
 
     Args:
         start_ids: P token ids; None where a slot starts at random.
@@ -156,7 +156,7 @@ def start_vectors(
 
 
 class DeepEncoder(nn.Module):
-    r"""What deep slots bring to the layers: start + reach * learned, with an own reach for each layer.
+    r"""Deep slots in the layers: start + reach * learned, with a reach for each layer.
 
     Layers differ in scale by far more than a factor of ten, and a step of Adam is absolute, so what is learned counts
     in the root mean square that tokens have there (for the keys and the values of a block apart). It starts at zero:
@@ -210,26 +210,23 @@ class DeepEncoder(nn.Module):
         self.register_buffer(f"{name}_reach", reach.detach().float().clone())
 
     def _parts(self) -> dict[str, Tensor]:
-        """Return what is learned by its name, one slot below the other, as it starts."""
-        found: dict[str, Tensor] = {}
-        if hasattr(self, "block_start"):
-            found["block"] = self.block_start[self.lead :]
-        if hasattr(self, "offsets_start"):
-            found["offsets"] = self.offsets_start
-        return found
+        """Return the learned tensors by name, a slot in each row, as they start."""
+        block = {"block": self.block_start[self.lead :]} if hasattr(self, "block_start") else {}
+        return block | ({"offsets": self.offsets_start} if hasattr(self, "offsets_start") else {})
 
     block_start: Tensor
     offsets_start: Tensor
 
     def forward(self) -> DeepParams:
-        """Return what the deep slots bring now."""
-        found: dict[str, Tensor] = {}
-        for name, start in self._parts().items():
-            found[name] = start + getattr(self, f"{name}_reach") * self._moved(name).view(start.shape)
-        block = found.get("block")
+        """Return the deep slots now."""
+        parts = {
+            name: start + getattr(self, f"{name}_reach") * self._moved(name).view(start.shape)
+            for name, start in self._parts().items()
+        }
+        block = parts.get("block")
         if block is not None:
             block = torch.cat([self.block_start[: self.lead], block]).permute(1, 2, 3, 0, 4)  # (L, 2, K, C, D)
-        return DeepParams(block, self.lead, found.get("offsets"), self.slots)
+        return DeepParams(block, self.lead, parts.get("offsets"), self.slots)
 
     def _moved(self, name: str) -> Tensor:
         if self.kind == "none":
@@ -239,56 +236,48 @@ class DeepEncoder(nn.Module):
         hidden = torch.tanh(inputs @ first.T)  # (N, middle)
         # A step of Adam adds up over the middle layer, whose numbers are about a half: it moves what is made by about
         # the learning rate, as it moves free vectors.
-        made: Tensor = 2.0 / hidden.shape[1] * hidden @ last.T
-        return made
+        vectors: Tensor = 2.0 / hidden.shape[1] * hidden @ last.T
+        return vectors
 
 
 def make_encoders(
     frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> tuple[PromptEncoder, DeepEncoder | None]:
-    """Return what makes the vectors of a template's slots on a backbone, and, if there are any, those of deep slots;
-    ``generator`` returns that of a purpose.
+    """Return the encoder of a template's slots on a backbone, and that of deep slots, if there are any; ``generator``
+    returns the random generator of a purpose.
     """
-    return _make_encoder(frozen, bound, config, generator), _make_deep_encoder(frozen, bound, config, generator)
-
-
-def _make_encoder(
-    frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
-) -> PromptEncoder:
-    known = frozen.table_statistics
+    table = frozen.table_statistics
     start = start_vectors(
         bound.slot_start_ids,
         vectors_of=frozen.vectors_of,
         vocabulary=frozen.vocabulary,
-        mean=known.mean,
-        std=known.std,
+        mean=table.mean,
+        std=table.std,
         how=config.start,
         generator=generator("slot starts"),
     )
     with own_draws():  # torch's modules draw weights of their own before ours are written
-        return PromptEncoder(
+        encoder = PromptEncoder(
             start,
-            reach=known.norm,
+            reach=table.norm,
             kind=config.encoder if bound.slots else "none",
             dropout=config.dropout,
             generator=generator("encoder weights"),
         ).to(frozen.device)
-
-
-def _make_deep_encoder(
-    frozen: Backbone, bound: TokenizedTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
-) -> DeepEncoder | None:
-    found = initial_deep_params(frozen, bound, generator=generator("deep slots"), random=config.deep_start == "random")
-    if found is None:
-        return None
-    start, reach = found
-    return DeepEncoder(
-        start,
+    initial = initial_deep_params(
+        frozen, bound, generator=generator("deep slots"), random=config.deep_start == "random"
+    )
+    if initial is None:
+        return encoder, None
+    params, reach = initial
+    deep = DeepEncoder(
+        params,
         reach=reach,
         kind=config.deep_encoder,
         values_only=config.values_only,
         generator=generator("deep encoder weights"),
-    ).to(frozen.device)
+    )
+    return encoder, deep.to(frozen.device)
 
 
 def works_together(device: torch.device) -> bool:
@@ -312,43 +301,42 @@ class StackedEncoders:
     """
 
     def __init__(self, encoders: Sequence[PromptEncoder]) -> None:
-        most = max(len(one.start) for one in encoders)
-        named = [{**dict(one.named_parameters()), **dict(one.named_buffers())} for one in encoders]
-        stacked = {name: torch.stack([_padded(one[name], name, most) for one in named]) for name in named[0]}
+        slots = max(len(encoder.start) for encoder in encoders)
+
+        def padded(weight: Tensor, name: str) -> Tensor:
+            missing = slots - len(weight) if name in BY_SLOT else 0  # slots do not see each other
+            return functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+
+        named = [{**dict(encoder.named_parameters()), **dict(encoder.named_buffers())} for encoder in encoders]
+        stacked = {name: torch.stack([padded(weights[name], name) for weights in named]) for name in named[0]}
         first = encoders[0]
 
         def run(own: Mapping[str, Tensor]) -> Tensor:
             vectors: Tensor = functional_call(first, dict(own), ())
             return vectors
 
-        made: Tensor = torch.vmap(run, randomness="different")(stacked)  # (N, P, E) of N encoders
-        rows = zip(made.unbind(), encoders, strict=True)
-        self._made = [own if len(one.start) == most else own[: len(one.start)] for own, one in rows]
+        vectors: Tensor = torch.vmap(run, randomness="different")(stacked)  # (N, P, E) of N encoders
+        rows = zip(vectors.unbind(), (len(encoder.start) for encoder in encoders), strict=True)
+        self._vectors = [own if count == slots else own[:count] for own, count in rows]
         # Each is a leaf of its own, so that a pass of one prompt touches nothing of the others.
-        self.parts = [one.detach().requires_grad_(True) for one in self._made]
+        self.parts = [own.detach().requires_grad_(True) for own in self._vectors]
 
     def backward(self) -> None:
         """Bring the gradients of the vectors to the weights."""
-        found = [(one, part.grad) for one, part in zip(self._made, self.parts, strict=True) if part.grad is not None]
-        if found:
-            torch.autograd.backward([one for one, _ in found], [gradient for _, gradient in found])
+        pairs = [(own, part.grad) for own, part in zip(self._vectors, self.parts, strict=True) if part.grad is not None]
+        if pairs:
+            torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def stacked_where_it_helps(encoders: Sequence[PromptEncoder]) -> dict[PromptEncoder, tuple[StackedEncoders, Tensor]]:
-    """Return for each encoder whose product can be batched with others what computes it, and its slot vectors there."""
-    found: dict[PromptEncoder, tuple[StackedEncoders, Tensor]] = {}
+    """Return encoder -> its batch with others and its slot vectors there, for encoders whose product can be batched."""
+    batched: dict[PromptEncoder, tuple[StackedEncoders, Tensor]] = {}
     for kind in BATCHED:
-        own = [one for one in encoders if one.kind == kind and not one.drops and len(one.start)]
+        own = [encoder for encoder in encoders if encoder.kind == kind and not encoder.drops and len(encoder.start)]
         if len(own) > 1:
             stacked = StackedEncoders(own)
-            found |= {one: (stacked, part) for one, part in zip(own, stacked.parts, strict=True)}
-    return found
-
-
-def _padded(weight: Tensor, name: str, slots: int) -> Tensor:
-    """Return a weight with as many slots as the largest encoder has; slots do not see each other."""
-    missing = slots - len(weight) if name in BY_SLOT else 0
-    return functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+            batched |= {encoder: (stacked, part) for encoder, part in zip(own, stacked.parts, strict=True)}
+    return batched
 
 
 def adamw_step(optimizers: Sequence[torch.optim.Optimizer], max_norms: Sequence[float]) -> None:
@@ -369,11 +357,19 @@ def adamw_step(optimizers: Sequence[torch.optim.Optimizer], max_norms: Sequence[
     owners, groups = [owner for owner, _, _ in moved], [group for _, group, _ in moved]
     weights = [weight.detach() for _, _, weight in moved]
     gradients = [weight.grad for _, _, weight in moved if weight.grad is not None]
-    states = [_state_of(optimizers[owner], weight) for owner, _, weight in moved]
+    states: list[dict[str, Tensor]] = [optimizers[owner].state[weight] for owner, _, weight in moved]
+    for state, weight in zip(states, weights, strict=True):
+        if not state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
+            state["exp_avg_sq"] = torch.zeros_like(weight)
     firsts, seconds, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     (beta, second_beta), eps = groups[0]["betas"], float(groups[0]["eps"])  # no setting changes them
     with torch.no_grad():
-        torch._foreach_mul_(gradients, _shares(gradients, owners, max_norms))
+        squares = torch.stack(torch._foreach_norm(gradients)).square()
+        norms = squares.new_zeros(len(max_norms)).index_add_(0, torch.tensor(owners, device=squares.device), squares)
+        factors = [limit / (norm + NORM_EPS) for limit, norm in zip(max_norms, norms.sqrt().tolist(), strict=True)]
+        # A number that is no number stays one.
+        torch._foreach_mul_(gradients, [1.0 if factors[owner] >= 1.0 else factors[owner] for owner in owners])
         torch._foreach_add_(steps, 1)
         counts = [int(step) for step in steps]
         torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
@@ -387,21 +383,3 @@ def adamw_step(optimizers: Sequence[torch.optim.Optimizer], max_norms: Sequence[
         torch._foreach_add_(gradients, eps)
         sizes = [-group["lr"] / (1.0 - beta**count) for group, count in zip(groups, counts, strict=True)]
         torch._foreach_addcdiv_(weights, firsts, gradients, sizes)
-
-
-def _state_of(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """Return the state of a weight; before the first step, zeros."""
-    found: dict[str, Tensor] = optimizer.state[weight]
-    if not found:
-        found["step"] = torch.zeros((), dtype=torch.float32)
-        found["exp_avg"], found["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-    return found
-
-
-def _shares(gradients: list[Tensor], owners: Sequence[int], max_norms: Sequence[float]) -> list[float]:
-    """Return for each gradient what it is multiplied by, so that all of its prompt's have at most the largest norm."""
-    squares = torch.stack(torch._foreach_norm(gradients)).square()
-    at = torch.tensor(owners, device=squares.device)
-    norms = squares.new_zeros(len(max_norms)).index_add_(0, at, squares).sqrt().tolist()
-    shares = [most / (norm + NORM_EPS) for most, norm in zip(max_norms, norms, strict=True)]
-    return [1.0 if shares[owner] >= 1.0 else shares[owner] for owner in owners]  # no number stays none
