@@ -127,9 +127,9 @@ def compare(
     notes: tuple[str, ...] = ()
     if template is None:
         records = parts["train"].records
-        placed = place_slots(str(pair[0]), records, backbone, config=comparison.config, closed=is_closed)
-        pair = pair[0], placed.template
-        notes = (*filter(None, [placed.told]), f"learned template: {placed.template}")
+        learned, note = place_slots(str(pair[0]), records, backbone, config=comparison.config, closed=is_closed)
+        pair = pair[0], learned
+        notes = (*filter(None, [note]), f"learned template: {learned}")
     info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
     info["split"] = how
     answers: Sequence[str] | str | None = None

@@ -96,7 +96,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
     parts = {"train": _questions(spec.data)}
     if spec.dev is not None:
-        parts["dev"] = _scored(_questions(spec.dev), task)
+        dev = _questions(spec.dev)
+        parts["dev"] = dev if task is None else task.to_score(dev)  # with several references, if it gathers them
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate, head=config.train_backbone == "head")
     if answers.head:
         seed = derived_seed(config.seed, "classification head")
@@ -130,10 +131,14 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     items = {name: items_of(questions) for name, questions in parts.items()}
     fields = parts["train"].fields
     if spec.dev is None:
-        parts, items = _set_aside(parts["train"], items["train"], config)
-        if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
-            own = build_requests(bound, dev, answers, with_stop=config.train_eos, cut=True)
-            parts["dev"], items["dev"] = dev, own
+        # All records were read before the split, so that errors give the right number.
+        requests = {id(row): item for row, item in zip(parts["train"], items["train"], strict=True)}
+        kept, held_out = split_questions(parts["train"], fraction=config.dev_fraction, seed=config.seed)
+        parts = {"train": kept, "dev": held_out}
+        items = {name: [requests[id(row)] for row in rows] for name, rows in parts.items()}
+        if task is not None and (dev := task.to_score(held_out)) is not held_out:
+            items["dev"] = build_requests(bound, dev, answers, with_stop=config.train_eos, cut=True)
+            parts["dev"] = dev
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.distinguishable]
     if not (learned and any(item.distinguishable for item in items["dev"])):
         raise RecordError(
@@ -158,11 +163,6 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
 def _questions(data: Source) -> Questions:
     assert not isinstance(data, str | Path)
     return as_questions(data)
-
-
-def _scored(rows: Questions, task: TaskFile | None) -> Questions:
-    """Return rows as they are scored: as they are, or with several references, if the task gathers them."""
-    return rows if task is None else task.to_score(rows)
 
 
 def method_name(template: Template, train_backbone: TrainBackbone) -> str:
@@ -198,18 +198,19 @@ class Shown:
         self, items: Sequence[ScoringRequest], questions: Questions, bound: TokenizedTemplate
     ) -> list[ScoringRequest]:
         """Return items of which those of a record that is among the examples do not read it there."""
-        own = {tuple(sorted(one.items())): at for at, one in enumerate(self.records)}
+        numbers = {tuple(sorted(record.items())): number for number, record in enumerate(self.records)}
         slots = bound.slots_of_lines(self.piece, self.lines)
-        found = []
+        kept = []
         for item, question in zip(items, questions, strict=True):
-            at = own.get(tuple(sorted(question.record.items())))
-            if at is not None:
-                places = (bound.layout.places(one.slot_positions) for one in item.inputs)
-                hidden = (tuple(own_places[slot] for slot in slots[at]) for own_places in places)
-                pairs = zip(item.inputs, hidden, strict=True)
-                item = replace(item, inputs=tuple(replace(one, unread=unread) for one, unread in pairs))
-            found.append(item)
-        return found
+            number = numbers.get(tuple(sorted(question.record.items())))
+            if number is not None:
+                inputs = []
+                for row in item.inputs:
+                    places = bound.layout.places(row.slot_positions)
+                    inputs.append(replace(row, unread=tuple(places[slot] for slot in slots[number])))
+                item = replace(item, inputs=tuple(inputs))
+            kept.append(item)
+        return kept
 
 
 def _examples(
@@ -235,7 +236,7 @@ def _examples(
 
 
 def _tokens_of(train: Questions, bound: TokenizedTemplate, *, seed: int) -> Iterator[int]:
-    """Yield tokens of the training records in a drawn order: what deep slots without words start at."""
+    """Yield tokens of the training records in a drawn order, from which deep slots without words start."""
     texts = [" ".join(record[name] for name in bound.template.fields if name in record) for record in train.records]
     ids = [token for text in bound.tokenizer.encode(texts[:COUNTED]) for token in text] or [0]
     chooser = random.Random(f"deep starts {seed}")
@@ -250,8 +251,8 @@ def checked(spec: TrainSpec) -> TrainSpec:
     checked = spec.check()
     for note in checked.notes:
         logger.info("%s", note)
-    for doubt in checked.checked.warnings if checked.checked is not None else ():
-        logger.warning("%s", doubt)
+    for warning in checked.checked.warnings if checked.checked is not None else ():
+        logger.warning("%s", warning)
     return checked
 
 
@@ -267,11 +268,10 @@ def placed(spec: Spec, backbone: Backbone) -> Spec:
         return replace(spec, manual=None)
     questions, task = _questions(spec.data), spec.task_file
     is_closed = spec.labels is not None or questions.has_choices or (task is not None and task.answer_space.is_closed)
-    found = place_slots(
+    template, note = place_slots(
         spec.manual, questions.records, backbone, config=spec.settings, closed=is_closed, about=spec.about
     )
-    notes = (*spec.notes, found.told) if found.told else spec.notes
-    return replace(spec, template=found.template, manual=None, about=None, notes=notes)
+    return replace(spec, template=template, manual=None, about=None, notes=(*spec.notes, *filter(None, [note])))
 
 
 def _with_deep_rate(config: TrainConfig, template: Template) -> TrainConfig:
@@ -286,14 +286,6 @@ def _with_deep_rate(config: TrainConfig, template: Template) -> TrainConfig:
     return config
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A template made from a manual one, with its slots where they pay, and what a user should know of that."""
-
-    template: Template
-    told: str = ""
-
-
 def place_slots(
     manual: str,
     records: Records,
@@ -302,35 +294,34 @@ def place_slots(
     config: TrainConfig,
     closed: bool,
     about: str | None = None,
-) -> Placement:
-    """Make a learned template from a manual one: the one place where the place of its slots is decided. With a
-    ``closed`` set of answers or long fields they stand behind the text, if it is then read once for all epochs.
+) -> tuple[Template, str]:
+    """Return a learned template made from a manual one, and a note on the place of its slots: with a ``closed`` set of
+    answers or long fields, after the text, if that is then computed once for all epochs.
 
     A TemplateError if the manual template is malformed, or a record does not fit. Source: docs/decisions.md, decision
     38.
     """
     both = Template.from_manual(manual, about=about)
-    some = [one for one in records if all(name in one for name in both.fields)]
+    some = [record for record in records if all(name in record for name in both.fields)]
     some = some[:: max(1, len(some) // COUNTED)][:COUNTED]
     is_kept = bool(config.prefix_cache_share) and backbone.keeps_prefixes
     if not (some and is_kept and (closed or _field_tokens(both, some, backbone) >= LONG_FIELD_TOKENS)):
-        return Placement(both)
+        return both, ""
     read = _read_tokens(both, some, backbone, config)
-    front = f"slots stand in front of the text, so a training pass reads all of it, {read:.0f} tokens a record"
+    front = f"slots come before the text, so a training pass reads all of it, {read:.0f} tokens a record"
     try:
-        behind = Template.from_manual(manual, after=True)
+        after = Template.from_manual(manual, after=True)
     except TemplateError:
-        return Placement(both, f"{front}; of words between the last field and [Y], it would read those alone")
-    fewer = _read_tokens(behind, some, backbone, config)
+        return both, f"{front}; of words between the last field and [Y], it would read those alone"
+    fewer = _read_tokens(after, some, backbone, config)
     if read - fewer < MIN_PREFIX_TOKENS:
-        return Placement(both)  # nothing is kept, or hardly anything
+        return both, ""  # nothing is cached, or hardly anything
     times = f"{read / fewer:.1f} times as many (counted on {len(some)} records)"
     if about is not None and about.strip():
-        return Placement(both, f"{front}; without 'about' it would read {fewer:.0f}, and now reads {times}")
-    return Placement(
-        behind,
-        f"slots stand behind the text: it is read once, and each training pass reads {fewer:.0f} tokens a record; with "
-        f"slots in front as well it would read {read:.0f}, {times}: template '{both}'",
+        return both, f"{front}; without 'about' it would read {fewer:.0f}, and now reads {times}"
+    return after, (
+        f"slots come after the text: it is read once, and each training pass reads {fewer:.0f} tokens a record; with "
+        f"slots before it as well it would read {read:.0f}, {times}: template '{both}'"
     )
 
 
@@ -350,8 +341,8 @@ def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbo
     seen, _ = template.without_tail()
     bound = TokenizedTemplate(seen, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)
     filled = bound.contexts(records)
-    every, kept = sum(len(one.token_ids) for one in filled), sum(len(cacheable_ids(one)) for one in filled)
-    return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
+    every, cached = (sum(map(len, rows)) for rows in ([row.token_ids for row in filled], map(cacheable_ids, filled)))
+    return (every - cached if cached >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
 
 
 def _trainable(template: Template, config: TrainConfig, backbone: Backbone) -> Template:
@@ -419,16 +410,6 @@ def _with_cut_targets(items: Sequence[ScoringRequest], name: str, config: TrainC
         longer, len(items), name, most, how,
     )  # fmt: skip
     return [truncate_target(item, most) for item in items]
-
-
-def _set_aside(
-    questions: Questions, items: Sequence[ScoringRequest], config: TrainConfig
-) -> tuple[dict[str, Questions], dict[str, list[ScoringRequest]]]:
-    """Split off a development part. All records were read before the split, so that errors give the right number."""
-    made = {id(one): item for one, item in zip(questions, items, strict=True)}
-    kept, aside = split_questions(questions, fraction=config.dev_fraction, seed=config.seed)
-    parts = {"train": kept, "dev": aside}
-    return parts, {name: [made[id(one)] for one in part] for name, part in parts.items()}
 
 
 def _answers(

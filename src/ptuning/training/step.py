@@ -86,12 +86,12 @@ class Learner:
         self.backbone = to_train(frozen, config)
         self.weights = trained_parameters(self.backbone, config.train_backbone)
         self.ranks = DataRanks.of(frozen)
-        self._made: dict[int, tuple[PromptBatch, PromptBatch]] = {}
+        self._encoded: dict[int, tuple[PromptBatch, PromptBatch]] = {}
         self.stacked: tuple[StackedEncoders, Tensor] | None = None
         self._fresh = functools.partial(make_encoders, frozen, bound, config, self.generator)
         self.encoder, self.deep_encoder = self._fresh()
-        own = [one for one in (self.encoder, self.deep_encoder) if one is not None]
-        self.optimizer = make_optimizer(own, self.weights, config)
+        encoders = [encoder for encoder in (self.encoder, self.deep_encoder) if encoder is not None]
+        self.optimizer = make_optimizer(encoders, self.weights, config)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.prefix_cache = prefix_cache or PrefixCache(
             self.backbone, memory_share=config.prefix_cache_share, disk_bytes=config.prefix_cache_bytes
@@ -131,11 +131,11 @@ class Learner:
         """Return what training has made of the backbone's weights; None if the backbone stayed frozen."""
         if self.config.train_backbone == "none":
             return None
-        found = TrainedWeights.of(
+        trained = TrainedWeights.of(
             self.backbone, self.frozen, train_backbone=self.config.train_backbone, keep=self.config.save_weights
         )
-        self.backbone.trained = found.mark
-        return found
+        self.backbone.trained = trained.mark
+        return trained
 
     def vectors(self) -> Tensor:
         """Return the slot vectors as they would be saved: (P, E) float32 on the CPU, dropout off."""
@@ -145,15 +145,15 @@ class Learner:
         return vectors.detach().float().cpu().clone()
 
     def deep(self) -> DeepParams | None:
-        """Return what the deep slots bring as it would be saved, on the CPU; None without any."""
+        """Return the deep slots as they would be saved, on the CPU; None without any."""
         if self.deep_encoder is None:
             return None
         with torch.no_grad():
-            found: DeepParams = self.deep_encoder()
-        return found.map(lambda tensor: tensor.detach().float().cpu().clone())
+            deep: DeepParams = self.deep_encoder()
+        return deep.map(lambda tensor: tensor.detach().float().cpu().clone())
 
     def learned(self) -> PromptBatch:
-        """Return what the prompt brings to a pass as it would be saved."""
+        """Return the prompt as it would be saved."""
         return PromptBatch.of(self.vectors(), self.deep())
 
     def begin(self, rate: float) -> None:
@@ -161,26 +161,24 @@ class Learner:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         self.encoder.train()
-        self._made.clear()
+        self._encoded.clear()
         self.stacked = None
         self.optimizer.zero_grad(set_to_none=True)
 
     def encoded(self, at: int) -> PromptBatch:
-        """Return what the prompt brings to the passes of a batch, ``at`` in its step, with gradients. Of several
-        processes each keeps them there, until :meth:`finish` has added them up.
+        """Return the prompt for the passes of the batch at ``at`` in its step, with gradients. With several processes,
+        these stay in a copy until :meth:`finish` has added them up.
         """
-        if self.ranks.size > 1 and (kept := self._made.get(self._key(at))) is not None:
-            return kept[1]
+        # Encoders give the same to all batches of a step, unless dropout is drawn.
+        key = at if self.config.dropout else 0
+        if key in self._encoded:
+            return self._encoded[key][1]
         vectors = self.encoder() if self.stacked is None else self.stacked[1]
-        found = PromptBatch.of(vectors, self.deep_encoder() if self.deep_encoder is not None else None)
+        prompt = PromptBatch.of(vectors, self.deep_encoder() if self.deep_encoder is not None else None)
         if self.ranks.size == 1:
-            return found
-        self._made[self._key(at)] = found, found.apart()
-        return self._made[self._key(at)][1]
-
-    def _key(self, at: int) -> int:
-        """Return what batches have in common whose encoder gives the same: all of a step, unless dropout is drawn."""
-        return at if self.config.dropout else 0
+            return prompt
+        self._encoded[key] = prompt, prompt.apart()
+        return self._encoded[key][1]
 
     def finish(self, step: Step, losses: Sequence[Tensor]) -> float:
         """Add up the losses of a step's passes and the gradients over all processes, move the weights, return the loss.
@@ -203,14 +201,14 @@ class Learner:
         runs the same backward pass through its encoders. Weights of the backbone are added up one by one.
         """
         for at in range(0, len(step.items), self.config.batch_size):
-            if self._key(at) not in self._made:  # this process had no rows of the batch
+            if (at if self.config.dropout else 0) not in self._encoded:  # this process had no rows of the batch
                 with own_draws(self.backbone.device):
                     Chunk(step, (), at).learned()
-        kept = [self._made[key] for key in sorted(self._made)]
-        given, leaves = ([one for pair in kept for one in pair[side].tensors] for side in (0, 1))
+        pairs = [self._encoded[key] for key in sorted(self._encoded)]
+        outputs, leaves = ([tensor for pair in pairs for tensor in pair[side].tensors] for side in (0, 1))
         own = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         summed, *gradients = self.ranks.sum([summed, *own])
-        torch.autograd.backward(given, gradients)
+        torch.autograd.backward(outputs, gradients)
         for weight in self.weights.values():
             (weight.grad,) = self.ranks.sum([torch.zeros_like(weight) if weight.grad is None else weight.grad])
         return summed
@@ -275,14 +273,17 @@ class Chunk:
     @functools.cached_property
     def examples(self) -> list[Example]:
         """The rows, each without the columns of the block in front that it does not read in this step."""
-        rows, config, lead = inputs_of(self.items), self.learner.config, self.learner.bound.layout.lead
-        if not (config.column_dropout and any(row.begun for row in rows)):
+        rows, learner = inputs_of(self.items), self.learner
+        if not (learner.config.column_dropout and any(row.begun for row in rows)):
             return rows
-        places = range(self.at + self.behind, self.at + self.behind + len(rows))
-        return [
-            _dropped(row, self.learner, self.step.number, place, first=max(1, lead))
-            for row, place in zip(rows, places, strict=True)
-        ]
+        first = max(1, learner.bound.layout.lead)
+        examples: list[Example] = []
+        for place, row in enumerate(rows, start=self.step.number * 65_536 + self.at + self.behind):
+            generator = learner.generator("column dropout", place)  # each row draws its own
+            dropped = torch.rand(row.begun, generator=generator)[first:] < learner.config.column_dropout
+            columns = (first + dropped.nonzero()[:, 0]).tolist()
+            examples.append(replace(row, unread=tuple(sorted({*row.unread, *columns}))))
+        return examples
 
     @property
     def width(self) -> int:
@@ -321,23 +322,15 @@ class Chunk:
         its batch's, so that a batch that was cut has the same slot vectors in all parts.
         """
         self._seed(self.at)
-        found = self.learner.encoded(self.at)
+        prompt = self.learner.encoded(self.at)
         if self.behind:
             self._seed(self.at + self.behind)
-        return found
+        return prompt
 
     def _seed(self, at: int) -> None:
         if self.draws:
             seed = derived_seed(self.learner.config.seed, "dropout", self.step.number * 65_536 + at)
             seed_draws(seed, self.learner.backbone.device)
-
-
-def _dropped(row: Example, learner: Learner, step: int, place: int, *, first: int) -> Example:
-    """Return a row that does not read some columns of its block, from ``first`` on; each row draws its own."""
-    generator = learner.generator("column dropout", step * 65_536 + place)
-    drawn = torch.rand(row.begun, generator=generator)[first:] < learner.config.column_dropout
-    columns = (first + drawn.nonzero()[:, 0]).tolist()
-    return replace(row, unread=tuple(sorted({*row.unread, *columns})))
 
 
 @dataclass(frozen=True)
@@ -365,14 +358,14 @@ def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
     weights = [sum(item.tokens for item in step.items) for step in steps]
     chunks = {step: [chunk for chunk in losses if chunk.step is step] for step in steps}
     ends: dict[Step, float | TrainingError] = {**failed}
-    if _are_together(steps):
+    if len(steps) > 1 and works_together(steps[0].learner.backbone.device):
         ends |= _finish_together({step: own for step, own in chunks.items() if step not in failed}, losses)
     outcomes: list[Taken | TrainingError] = []
     for step, weight in zip(steps, weights, strict=True):
         seconds = (time.monotonic() - began) * weight / sum(weights)
         tokens = sum(len(row.token_ids) for chunk in chunks[step] for row in chunk.examples)
         try:
-            end = ends[step] if step in ends else step.learner.finish(step, [losses[one] for one in chunks[step]])
+            end = ends[step] if step in ends else step.learner.finish(step, [losses[chunk] for chunk in chunks[step]])
         except TrainingError as error:
             end = error
         taken = end if isinstance(end, TrainingError) else Taken(end, loss_count(step.items), tokens, seconds)
@@ -380,31 +373,25 @@ def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
     return outcomes
 
 
-def _are_together(steps: Sequence[Step]) -> bool:
-    """Whether encoders and optimizers of several prompts work as one (:mod:`ptuning.training.encoders`)."""
-    return len(steps) > 1 and works_together(steps[0].learner.backbone.device)
-
-
 def _finish_together(
     chunks: Mapping[Step, Sequence[Chunk]], losses: Mapping[Chunk, Tensor]
 ) -> dict[Step, float | TrainingError]:
-    """Do what :meth:`Learner.finish` does for steps of several prompts, with one call of the optimizer; return the loss
+    """Finish steps of several prompts, as :meth:`Learner.finish` does, with one call of the optimizer; return the loss
     of each, or its error.
     """
-    stacked = [step.learner.stacked[0] for step in chunks if step.learner.stacked is not None]
-    for one in dict.fromkeys(stacked):
-        one.backward()
-    told = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)) if losses else {}
-    found: dict[Step, float | TrainingError] = {}
+    for stacked in dict.fromkeys(step.learner.stacked[0] for step in chunks if step.learner.stacked is not None):
+        stacked.backward()
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)) if losses else {}
+    ends: dict[Step, float | TrainingError] = {}
     for step, own in chunks.items():
-        found[step] = loss_sum = float(sum(told[chunk] for chunk in own))
+        ends[step] = loss_sum = float(sum(values[chunk] for chunk in own))
         try:
             step.check(loss_sum)
         except TrainingError as error:
-            found[step] = error
-    moved = [step.learner for step, end in found.items() if not isinstance(end, TrainingError)]
-    adamw_step([one.optimizer for one in moved], [one.config.max_grad_norm for one in moved])
-    return found
+            ends[step] = error
+    moved = [step.learner for step, end in ends.items() if not isinstance(end, TrainingError)]
+    adamw_step([learner.optimizer for learner in moved], [learner.config.max_grad_norm for learner in moved])
+    return ends
 
 
 def run_passes(steps: Sequence[Step]) -> tuple[dict[Chunk, Tensor], dict[Step, TrainingError]]:
@@ -417,7 +404,7 @@ def run_passes(steps: Sequence[Step]) -> tuple[dict[Chunk, Tensor], dict[Step, T
         going = [step for step in steps if step not in failed]
         for step in going:
             step.learner.begin(step.rate)
-        if _are_together(going):
+        if len(going) > 1 and works_together(going[0].learner.backbone.device):
             stacked = stacked_where_it_helps([step.learner.encoder for step in going])
             for step in going:
                 step.learner.stacked = stacked.get(step.learner.encoder)
@@ -454,54 +441,40 @@ def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
             yield [chunk]
         else:
             waiting[chunk.learner.uses_prefix_cache].append(chunk)
-    for found in waiting.values():
-        yield from _bounded(sorted(found, key=lambda chunk: chunk.width))
-
-
-def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-    """Yield runs of chunks, shortest rows first, within the bounds of one pass."""
-    together: list[Chunk] = []
-    rows = alone = 0
-    for chunk in chunks:
-        own, width = len(chunk.examples), chunk.width
-        limit = min(
-            JOINT_TOKENS.get(chunk.learner.backbone.device.type, JOINT_TOKENS_ELSEWHERE), chunk.learner.pass_tokens
-        )
-        padded = (rows + own) * width
-        if together and (padded > limit or padded > JOINT_PADDING * (alone + own * width)):
+    for group in waiting.values():
+        together: list[Chunk] = []
+        rows = unpadded = 0
+        for chunk in sorted(group, key=lambda chunk: chunk.width):
+            own, width, device = len(chunk.examples), chunk.width, chunk.learner.backbone.device.type
+            limit = min(JOINT_TOKENS.get(device, JOINT_TOKENS_ELSEWHERE), chunk.learner.pass_tokens)
+            padded = (rows + own) * width
+            if together and (padded > limit or padded > JOINT_PADDING * (unpadded + own * width)):
+                yield together
+                together, rows, unpadded = [], 0, 0
+            together.append(chunk)
+            rows, unpadded = rows + own, unpadded + own * width
+        if together:
             yield together
-            together, rows, alone = [], 0, 0
-        together.append(chunk)
-        rows, alone = rows + own, alone + own * width
-    if together:
-        yield together
 
 
 def _run(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
-    draws = any(chunk.draws for chunk in chunks)
-    with own_draws(chunks[0].learner.backbone.device) if draws else contextlib.nullcontext():
-        return _forward_and_backward(chunks)
-
-
-def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
+    """Run chunks forward and backward in one pass; return the summed loss of each."""
     first = chunks[0].learner
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
-    learned = PromptBatch.join(
-        [chunk.learned() for chunk in chunks], rows=[number for number, part in enumerate(rows) for _ in part]
-    )
-    with (
-        recomputing(backbone.model, name=backbone.name)
-        if any(one.learner.recomputes for one in chunks)
-        else contextlib.nullcontext()
-    ):
-        logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
-    if len(chunks) > 1 and works_together(backbone.device):
-        scored = score_parts([chunk.items for chunk in chunks], logits)
-    else:
-        sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
-        parts = zip(chunks, logits.split(sizes), strict=True)
-        scored = [score_continuations(chunk.items, own) for chunk, own in parts]
-    found = {chunk: loss(chunk.items, own)[0] for chunk, own in zip(chunks, scored, strict=True)}
-    means = [value / loss_count(chunk.step.items) for chunk, value in found.items()]
-    torch.stack(means).sum().backward()
-    return {chunk: value.detach() for chunk, value in found.items()}
+    with contextlib.ExitStack() as stack:
+        if any(chunk.draws for chunk in chunks):
+            stack.enter_context(own_draws(backbone.device))
+        prompts = [chunk.learned() for chunk in chunks]
+        learned = PromptBatch.join(prompts, rows=[number for number, part in enumerate(rows) for _ in part])
+        recomputes = any(chunk.learner.recomputes for chunk in chunks)
+        with recomputing(backbone.model, name=backbone.name) if recomputes else contextlib.nullcontext():
+            logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
+        if len(chunks) > 1 and works_together(backbone.device):
+            scored = score_parts([chunk.items for chunk in chunks], logits)
+        else:
+            sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
+            parts = zip(chunks, logits.split(sizes), strict=True)
+            scored = [score_continuations(chunk.items, own) for chunk, own in parts]
+        losses = {chunk: loss(chunk.items, own)[0] for chunk, own in zip(chunks, scored, strict=True)}
+        torch.stack([value / loss_count(chunk.step.items) for chunk, value in losses.items()]).sum().backward()
+    return {chunk: value.detach() for chunk, value in losses.items()}
