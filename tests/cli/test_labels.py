@@ -6,7 +6,7 @@ import pytest
 
 from ptuning.cli.labels import show_confusion, show_errors, show_labels
 from ptuning.files import Json
-from ptuning.metrics import MOST_LABELS, OTHERS, Confusion
+from ptuning.metrics import MAX_LABELS, OTHERS, Confusion
 
 TEAMS = ("billing", "shipping", "technical", "returns")
 
@@ -32,10 +32,10 @@ def test_the_most_frequent_of_many_labels_are_shown(size: int, capsys: pytest.Ca
     show_labels(Confusion(labels, counts))
     printed = lines_of(capsys)
     assert max(map(len, printed)) <= 80
-    shown = min(size, MOST_LABELS + (size > MOST_LABELS))
+    shown = min(size, MAX_LABELS + (size > MOST_LABELS))
     assert [str(at) for at in range(1, shown + 1)] in [line.split() for line in printed]
     assert any("12 most frequent of 40 labels" in line for line in printed) == (size == 40)
-    assert any(OTHERS in line for line in printed) == (size > MOST_LABELS)
+    assert any(OTHERS in line for line in printed) == (size > MAX_LABELS)
 
 
 def test_a_label_may_hold_anything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,7 @@ def test_texts_are_scored_by_metrics_with_all_references(causal: Backbone, tmp_p
     assert [len(references_of(record)) for record in records] == [2] * 5
     expected = score_texts([row.answer.text for row in rows], records, ["coverage", "bleu"])
     own = results.tasks["task"]["manual"]
-    assert list(own) == ["coverage", "invented", "bleu"]
+    assert list(own) == ["coverage", "bleu"]
     for name, scored in expected.items():
         assert (own[name].value, own[name].low, own[name].high, own[name].n) == tuple(vars(scored.score).values())
     assert results.primary == "coverage"
@@ -266,7 +266,7 @@ def test_a_task_file_brings_its_metrics_and_gathers(causal: Backbone, tmp_path: 
         causal, tmp_path / "out", data=rows, dev=None, test=rows, task=task, manual=task.manual[0],
         template=task.learned[0],
     )  # fmt: skip
-    assert list(results.tasks["task"]["majority"]) == ["coverage", "invented"]
+    assert list(results.tasks["task"]["majority"]) == ["coverage"]
     assert results.tasks["task"]["majority"]["coverage"].n == 5
     assert [info(results)["data"][part]["rows"] for part in ("train", "dev", "test")] == [8, 1, 5]
     with pytest.raises(ConfigError, match=r"texts.*--task"):

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from experiments.invented import invented
 from experiments.rules import arithmetic, countries, instructions
 from experiments.rules.__main__ import RULES, write
 
@@ -121,9 +122,9 @@ def test_every_cell_of_digits_has_a_hundred_test_rows_where_there_are_so_many_pa
 def test_every_text_of_countries_says_all_and_invents_nothing(folder: Path) -> None:
     records = load_records(folder / "countries" / "test.jsonl", fields={"y": "summary"})[::4]
     for pattern in (0, 11):
-        scores = coverage([references_of(record)[pattern] for record in records], records)
-        assert value_of(scores["coverage"]) == 1.0
-        assert value_of(scores["invented"]) == 0.0
+        texts = [references_of(record)[pattern] for record in records]
+        assert value_of(coverage(texts, records)) == 1.0
+        assert value_of(invented(texts, records)) == 0.0
 
 
 def test_conversations_ask_in_twenty_wordings_and_answer_with_the_fact(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from rich.markup import escape
 
 from ptuning.cli import terminal
-from ptuning.metrics import MOST_LABELS
+from ptuning.metrics import MAX_LABELS
 
 if TYPE_CHECKING:
     from ptuning.files import Json
@@ -29,7 +29,7 @@ def show_labels(confusion: Confusion) -> None:
             table.add_row(escape(_short(label, LABEL_WIDTH)), str(scores.n), *numbers)
     terminal.results().print(table)
     if len(shown.labels) < count:
-        terminal.line(f"the {MOST_LABELS} most frequent of {count} labels; --json has all")
+        terminal.line(f"the {MAX_LABELS} most frequent of {count} labels; --json has all")
     show_confusion(shown)
 
 

@@ -1,4 +1,4 @@
-"""The table of metrics. One more entry in :data:`METRICS`, and task files, ``eval``, tables and reports have it."""
+"""The table of metrics. With one more entry in :data:`METRICS`, task files, ``eval``, tables and reports have it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Answer:
         return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
-# More labels make a table or a picture that nobody reads. The others are counted together.
-MOST_LABELS, OTHERS = 12, "(others)"
+# Maximum number of labels in a table or a picture. The others are counted together.
+MAX_LABELS, OTHERS = 12, "(others)"
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,20 @@ class Confusion:
     @classmethod
     def of(cls, labels: Sequence[str], targets: Sequence[str], answers: Sequence[str]) -> Confusion:
         """Count pairs of targets and answers, which are labels; other answers are left out."""
-        found = Counter(zip(targets, answers, strict=True))
-        return cls(tuple(labels), tuple(tuple(found[target, answer] for answer in labels) for target in labels))
+        pairs = Counter(zip(targets, answers, strict=True))
+        return cls(tuple(labels), tuple(tuple(pairs[target, answer] for answer in labels) for target in labels))
 
     @property
     def scores(self) -> dict[str, LabelScore]:
         """Precision, recall and F1 of each label."""
-        found = {}
+        scores = {}
         for at, label in enumerate(self.labels):
             hits, given, right = self.counts[at][at], sum(row[at] for row in self.counts), sum(self.counts[at])
             shares = (hits / given if given else 0.0, hits / right if right else 0.0)
-            found[label] = LabelScore(*shares, 2 * hits / (given + right) if given + right else 0.0, right)
-        return found
+            scores[label] = LabelScore(*shares, 2 * hits / (given + right) if given + right else 0.0, right)
+        return scores
 
-    def shortened(self, most: int = MOST_LABELS, *, others: str = OTHERS) -> Confusion:
+    def shortened(self, most: int = MAX_LABELS, *, others: str = OTHERS) -> Confusion:
         """Return the matrix of the ``most`` frequent targets, in their order, with all others as one label."""
         if len(self.labels) <= most:
             return self
@@ -87,7 +87,7 @@ class Confusion:
         return Confusion((*(self.labels[at] for (at,) in groups[:-1]), others), tuple(map(tuple, counts)))
 
 
-class Asked(Protocol):
+class Scored(Protocol):
     """The part of a question that scoring reads: its record with the target, its right answers, and its group."""
 
     @property
@@ -109,12 +109,12 @@ class Metric:
         by_default: Whether tasks that name no metrics have it, as LAMA's relations do.
         needs_ranks: Whether the target's rank of every answer must be known.
         needs_label: A label that the task must have.
-        primary: Whether it is the one to show where there is room for one. The first such in the table counts.
+        primary: Whether it may be the most important score. The first such in the table counts.
     """
 
     name: str
     shown_as: str
-    compute: Callable[[Sequence[Answer], Sequence[Asked]], Sequence[float] | Ratios]
+    compute: Callable[[Sequence[Answer], Sequence[Scored]], Sequence[float] | Ratios]
     in_task_files: bool = True
     by_default: bool = False
     needs_ranks: bool = False
@@ -123,32 +123,55 @@ class Metric:
     only_in_report: bool = False
 
 
-def precision_at(k: int, ranks: Sequence[int]) -> list[float]:
-    """Return P@k per row; rank 0 was not ranked. Source: Petroni et al. (2019), LAMA, section 4."""
-    return [float(0 < rank <= k) for rank in ranks]
+def _hits(answers: Sequence[Answer], _: Sequence[Scored]) -> list[float]:
+    return [float(answer.hit) for answer in answers]
 
 
-def reciprocal_ranks(ranks: Sequence[int]) -> list[float]:
+def _precision_at_10(answers: Sequence[Answer], _: Sequence[Scored]) -> list[float]:
+    """Return P@10 per row; rank 0 was not ranked. Source: Petroni et al. (2019), LAMA, section 4."""
+    return [float(0 < (answer.rank or 0) <= 10) for answer in answers]
+
+
+def _reciprocal_ranks(answers: Sequence[Answer], _: Sequence[Scored]) -> list[float]:
     """Return 1 / rank per row, 0 for rank 0; their mean is the MRR."""
-    return [1.0 / rank if rank else 0.0 for rank in ranks]
+    return [1.0 / answer.rank if answer.rank else 0.0 for answer in answers]
 
 
-def macro_f1(predictions: Sequence[str], targets: Sequence[str]) -> Ratios:
+def _macro_f1(answers: Sequence[Answer], questions: Sequence[Scored]) -> Ratios:
     """Return F1 per label that is predicted or right. Source: Wang et al. (2019), SuperGLUE, section 3 (CB)."""
-    return _f1_counts(predictions, targets, sorted({*predictions, *targets}))
+    texts, targets = _texts(answers), _targets(questions)
+    return grouped(f1_counts(texts, targets, sorted({*texts, *targets})), _groups(questions))
 
 
-def f1_of(label: str, predictions: Sequence[str], targets: Sequence[str], groups: Sequence[str]) -> Ratios:
-    """Return a label's F1 over all rows, added up by group. Source: Khashabi et al. (2018), MultiRC, section 4.1."""
-    return grouped(_f1_counts(predictions, targets, [label]), groups)
+def _f1a(answers: Sequence[Answer], questions: Sequence[Scored]) -> Ratios:
+    """Return F1 of the positive label over all rows. Source: Khashabi et al. (2018), MultiRC, section 4.1."""
+    return grouped(f1_counts(_texts(answers), _targets(questions), [POSITIVE]), _groups(questions))
 
 
-def all_right(hits: Sequence[float], groups: Sequence[str]) -> list[float]:
-    """Return 1.0 for each group, in order of appearance, that holds no miss (MultiRC's exact match)."""
-    found: dict[str, float] = {}
-    for hit, group in zip(hits, groups, strict=True):
-        found[group] = min(hit, found.get(group, 1.0))
-    return list(found.values())
+def _word_f1s(answers: Sequence[Answer], questions: Sequence[Scored]) -> list[float]:
+    return [word_f1(answer.text, _right(answer, row)) for answer, row in zip(answers, questions, strict=True)]
+
+
+def _exact_matches(answers: Sequence[Answer], questions: Sequence[Scored]) -> list[float]:
+    """Return 1.0 for each group, in order of appearance, that holds no miss, as MultiRC has it."""
+    if not questions:
+        return _hits(answers, questions)
+    groups: dict[str, float] = {}
+    for answer, row, group in zip(answers, questions, _groups(questions), strict=True):
+        value = max(float(answer.hit), exact_match(answer.text, _right(answer, row)))
+        groups[group] = min(value, groups.get(group, 1.0))
+    return list(groups.values())
+
+
+def f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
+    """Return 2 x true positives over predicted plus right, per row and label."""
+    import numpy as np
+
+    predicted, right = (
+        np.array([[text == label for label in labels] for text in texts], dtype=np.float64).reshape(-1, len(labels))
+        for texts in (predictions, targets)
+    )
+    return Ratios(2 * predicted * right, predicted + right)
 
 
 def normalised(text: str) -> str:
@@ -167,8 +190,12 @@ def word_f1(prediction: str, answers: Sequence[str]) -> float:
     """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1.
     An empty text is no answer, not even to a question whose answer is an article.
     """
-    words, right = normalised(prediction).split(), (normalised(one).split() for one in answers)
-    return max((_word_f1(words, one) for one in right), default=0.0) if prediction.strip() else 0.0
+    words, best = normalised(prediction).split(), 0.0
+    for answer in answers if prediction.strip() else ():
+        right = normalised(answer).split()
+        common = sum((Counter(words) & Counter(right)).values())
+        best = max(best, 2 * common / (len(words) + len(right)) if common else float(not words and not right))
+    return best
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -178,54 +205,23 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(bool(prediction.strip()) and normalised(prediction) in map(normalised, answers))
 
 
-def _hits(answers: Sequence[Answer], _: Sequence[Asked]) -> list[float]:
-    return [float(answer.hit) for answer in answers]
-
-
-def _exact_matches(answers: Sequence[Answer], asked: Sequence[Asked]) -> list[float]:
-    if not asked:
-        return _hits(answers, asked)
-    pairs = zip(answers, asked, strict=True)
-    return all_right(
-        [max(float(one.hit), exact_match(one.text, _right(one, row))) for one, row in pairs], _groups(asked)
-    )
-
-
-def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
-    """Return 2 x true positives over predicted plus right, per row and label."""
-    import numpy as np
-
-    said, right = ([[float(text == label) for label in labels] for text in texts] for texts in (predictions, targets))
-    one, other = (np.array(rows, dtype=np.float64).reshape(len(predictions), len(labels)) for rows in (said, right))
-    return Ratios(2 * one * other, one + other)
-
-
-def _word_f1(words: Sequence[str], right: Sequence[str]) -> float:
-    common = sum((Counter(words) & Counter(right)).values())
-    return 2 * common / (len(words) + len(right)) if common else float(not words and not right)
-
-
-def _ranks(answers: Sequence[Answer]) -> list[int]:
-    return [answer.rank or 0 for answer in answers]
-
-
 def _texts(answers: Sequence[Answer]) -> list[str]:
     return [answer.text if answer.known else "" for answer in answers]
 
 
-def _right(answer: Answer, asked: Asked) -> Sequence[str]:
-    return asked.right if answer.known else ()
+def _right(answer: Answer, question: Scored) -> Sequence[str]:
+    return question.right if answer.known else ()
 
 
-def _targets(asked: Sequence[Asked]) -> list[str]:
-    return [row.record[TARGET_FIELD].strip() for row in asked]
+def _targets(questions: Sequence[Scored]) -> list[str]:
+    return [row.record[TARGET_FIELD].strip() for row in questions]
 
 
-def _groups(asked: Sequence[Asked]) -> list[str]:
-    return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(asked)]
+def _groups(questions: Sequence[Scored]) -> list[str]:
+    return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(questions)]
 
 
-# Share of answers that are right, chosen from a closed set, and written.
+# Share of answers that are right, chosen from a closed set, and generated.
 ACCURACY, EXACT_MATCH = "accuracy", "exact_match"
 POSITIVE = "true"  # the label whose F1 over all answers is MultiRC's F1a
 
@@ -233,42 +229,12 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("p_at_1", "P@1", _hits, in_task_files=False, by_default=True, primary=True),
-        Metric(
-            "p_at_10",
-            "P@10",
-            lambda answers, _: precision_at(10, _ranks(answers)),
-            in_task_files=False,
-            by_default=True,
-            needs_ranks=True,
-            only_in_report=True,
-        ),
-        Metric(
-            "mrr",
-            "MRR",
-            lambda answers, _: reciprocal_ranks(_ranks(answers)),
-            in_task_files=False,
-            by_default=True,
-            needs_ranks=True,
-        ),
+        Metric("p_at_10", "P@10", _precision_at_10, False, by_default=True, needs_ranks=True, only_in_report=True),
+        Metric("mrr", "MRR", _reciprocal_ranks, in_task_files=False, by_default=True, needs_ranks=True),
         Metric(ACCURACY, "accuracy", _hits),
-        Metric(
-            "macro_f1",
-            "macro F1",
-            lambda answers, asked: grouped(macro_f1(_texts(answers), _targets(asked)), _groups(asked)),
-        ),
-        Metric(
-            "f1a",
-            "F1a",
-            lambda answers, asked: f1_of(POSITIVE, _texts(answers), _targets(asked), _groups(asked)),
-            needs_label=POSITIVE,
-        ),
-        Metric(
-            "f1",
-            "F1",
-            lambda answers, asked: [
-                word_f1(one.text, _right(one, row)) for one, row in zip(answers, asked, strict=True)
-            ],
-        ),
+        Metric("macro_f1", "macro F1", _macro_f1),
+        Metric("f1a", "F1a", _f1a, needs_label=POSITIVE),
+        Metric("f1", "F1", _word_f1s),
         Metric(EXACT_MATCH, "exact match", _exact_matches, by_default=True, primary=True),
     )
 }
@@ -279,32 +245,31 @@ RESULT_SCORES = (TASK_SCORE, *sorted(METRICS, key=lambda name: not METRICS[name]
 TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_files)
 # Scores of generated texts that go up to 100, as in their libraries; all others go up to 1.
 UP_TO_100 = ("bleu", "bleu-lc", "chrf")
-LOWER_IS_BETTER = ("invented",)
 
 
 def score_values(
-    answers: Sequence[Answer], questions: Sequence[Asked] | None = None, metrics: Sequence[str] = ()
+    answers: Sequence[Answer], questions: Sequence[Scored] | None = None, metrics: Sequence[str] = ()
 ) -> dict[str, Values]:
     """Return score -> values of N answers; ``metrics`` of the task's own need the N questions, and a TaskError names an
     unknown one. Without ``metrics``, the default ones count, as far as the answers are ranked.
     """
     if not metrics or questions is None:
         is_ranked = all(answer.rank is not None for answer in answers)
-        default = [one for one in METRICS.values() if one.by_default and (is_ranked or not one.needs_ranks)]
-        return {one.name: one.compute(answers, ()) for one in default}
+        default = [metric for metric in METRICS.values() if metric.by_default and (is_ranked or not metric.needs_ranks)]
+        return {metric.name: metric.compute(answers, ()) for metric in default}
     for name in metrics:
         if name not in TASK_METRICS:
             raise TaskError(f"unknown metric '{name}'; known: {', '.join(TASK_METRICS)}")
-    found = {name: METRICS[name].compute(answers, questions) for name in metrics}
+    scores = {name: METRICS[name].compute(answers, questions) for name in metrics}
     groups = _groups(questions)
     size = len(set(groups))
     if size < len(groups):
         # All of a task's scores are over groups if one is, so that a resample of groups is one of all of them.
-        found = {
+        scores = {
             name: values if isinstance(values, Ratios) or len(values) == size else grouped(values, groups)
-            for name, values in found.items()
+            for name, values in scores.items()
         }
-    return {TASK_SCORE: blend(list(found.values())), **found}
+    return {TASK_SCORE: blend(list(scores.values())), **scores}
 
 
 def called(score: str) -> str:
@@ -313,13 +278,8 @@ def called(score: str) -> str:
 
 
 def most_of(score: str) -> float:
-    """Return the most that a score can be."""
+    """Return the highest possible value of a score."""
     return 100.0 if score in UP_TO_100 else 1.0
-
-
-def best_of(score: str, values: Iterable[float]) -> float:
-    """Return the best of the values of a score."""
-    return min(values) if score in LOWER_IS_BETTER else max(values)
 
 
 def in_order(scores: Iterable[str]) -> list[str]:
@@ -329,7 +289,7 @@ def in_order(scores: Iterable[str]) -> list[str]:
 
 
 def primary(scores: Iterable[str]) -> str:
-    """Return the score to show where there is room for one: a task's own, else a primary metric, else the first."""
+    """Return the most important score: a task's own, else a primary metric, else the first."""
     present = list(scores)
     chosen = (name for name in SCORES if name in present and (name == TASK_SCORE or METRICS[name].primary))
     return next(chosen, present[0] if present else TASK_SCORE)

@@ -1,6 +1,6 @@
 """Metrics for generated texts: BLEU and chrF by sacrebleu, ROUGE by rouge-score, numeric match, slot coverage.
 
-One more entry in :data:`TEXT_METRICS`, and ``eval``, ``compare`` and task files have it.
+With one more entry in :data:`TEXT_METRICS`, ``eval``, ``compare`` and task files have it.
 """
 
 from __future__ import annotations
@@ -136,10 +136,6 @@ def _with_references(compute: Callable[[Sequence[str], TextReferences], Mapping[
     return lambda texts, records: compute(texts, [references_of(record) for record in records])
 
 
-def _coverage(texts: Sequence[str], records: Sequence[Record]) -> Mapping[str, RowScores]:
-    return {name: RowScores(values) for name, values in coverage(texts, records).items()}
-
-
 TEXT_METRICS: Mapping[str, TextMetric] = {
     "bleu": TextMetric("BLEU by sacrebleu, 0 to 100", _with_references(bleu)),
     "bleu-lc": TextMetric("the same without capitals", _with_references(partial(bleu, lowercase=True))),
@@ -147,7 +143,10 @@ TEXT_METRICS: Mapping[str, TextMetric] = {
     "rouge": TextMetric("ROUGE-1, -2 and -L by rouge-score, for English", _with_references(rouge)),
     "exact": TextMetric("share equal to a reference, without capitals and punctuation", _with_references(exact)),
     "last-number": TextMetric("share whose last number is right", _with_references(numeric_match)),
-    "coverage": TextMetric("share of attribute values in the text, and of invented values", _coverage),
+    "coverage": TextMetric(
+        "share of attribute values in the text",
+        lambda texts, records: {"coverage": RowScores(coverage(texts, records))},
+    ),
 }
 
 

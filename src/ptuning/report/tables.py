@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ptuning.errors import cut
 from ptuning.files import Json, sha256
-from ptuning.metrics import TASK_SCORE, best_of, called, in_order, most_of
+from ptuning.metrics import TASK_SCORE, called, in_order, most_of
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS
 from ptuning.report.results_file import AnsweredRow, Results, ScoreTable, ScoreWithSpread, read_answers
 from ptuning.statistics import FEWEST_PAIRS, Score
@@ -175,7 +175,7 @@ def main(results: Results) -> list[Block]:
     names = in_order(name for scores in table.values() for name in scores)
     if not names:
         return []
-    best = {name: best_of(name, (row[name].value for row in table.values() if name in row)) for name in names}
+    best = {name: max(row[name].value for row in table.values() if name in row) for name in names}
     rows = []
     for method in results.ordered(table):
         about = results.methods[method].describe if method in results.methods else ""
@@ -230,7 +230,7 @@ def by_value(results: Results) -> list[Block]:
 def _compared(table: ScoreTable, methods: Sequence[str], name: str) -> list[Entry]:
     """Return the entries of a row: one score of several methods, the best marked."""
     scores = [table.get(method, {}).get(name) for method in methods]
-    best = best_of(name, (score.value for score in scores if score is not None))
+    best = max((score.value for score in scores if score is not None), default=None)
     return [entry(score, name, best=score is not None and score.value == best) for score in scores]
 
 
