@@ -147,25 +147,13 @@ def test_a_manual_template_is_needed_only_where_a_method_reads_it(data: Path, ca
     lines(data / "relations.jsonl", LIST[:1])
     learned = {"relations": "P17", "template": "[P*3] [X] [P*3] [Y]", "targets": "any"}
     results = run_lama(data, causal, **learned, methods="majority,p-tuning", dry_run=True)
-    assert info(results, "P17")["manual"] is None
-    assert info(results, "P17")["template"] == "[P*3] [X] [P*3] [Y]"
-    with pytest.raises(
-        TemplateError, match=r"and manual, in-context need one\. Give it with --manual .*\(--methods\)$"
-    ):
+    assert (info(results, "P17")["manual"], info(results, "P17")["template"]) == (None, learned["template"])
+    with pytest.raises(TemplateError, match=r"manual, in-context need .*--manual .*--methods\)$"):
         run_lama(data, causal, **learned, methods="manual,in-context,p-tuning")
-    with pytest.raises(TemplateError, match=r"and p-tuning needs one\. .* or give the template to learn"):
+    with pytest.raises(TemplateError, match=r"p-tuning needs .*--template"):
         run_lama(data, causal, relations="P17", methods="majority,p-tuning,fine-tuning")
     given = run_lama(data, causal, manual="[X] lies in [Y]", out=data.parent / "given")
     assert (info(given, "P36")["manual"], info(given, "P17")["manual"]) == ("[X] is [Y] .", "[X] lies in [Y]")
-
-
-def test_facts_under_other_names(data: Path, causal: Backbone) -> None:
-    rows = [{"land": row["sub_label"], "town": row["obj_label"]} for row in ROWS]
-    lines(data.parent / "own" / "P36.jsonl", rows)
-    fields = {"sub_label": "land", "obj_label": "town"}
-    results = run_lama(data.parent / "own", causal, fields=fields)
-    assert info(results, "P36")["data"]["test"]["rows"] == 4
-    assert results.settings["fields"] == fields
 
 
 @pytest.mark.parametrize(

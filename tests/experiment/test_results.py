@@ -1,4 +1,4 @@
-"""From cells to tables: means, intervals, spreads over seeds and paired differences, checked by hand."""
+"""Tables of cells: means, intervals, spreads over seeds and paired differences, by hand; several folders."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def done(
 
 
 def by_method(*cells: CellResult) -> dict[str, dict[str, list[CellResult]]]:
-    found: dict[str, dict[str, list[CellResult]]] = {}
+    table: dict[str, dict[str, list[CellResult]]] = {}
     for cell in cells:
-        found.setdefault(cell.cell.task, {}).setdefault(cell.cell.method, []).append(cell)
-    return found
+        table.setdefault(cell.cell.task, {}).setdefault(cell.cell.method, []).append(cell)
+    return table
 
 
 def collect(*cells: CellResult, methods: Sequence[str], types: Mapping[str, str | None] | None = None) -> Results:
@@ -42,54 +42,40 @@ def collect(*cells: CellResult, methods: Sequence[str], types: Mapping[str, str 
 
 
 def test_one_seed_is_scored_over_records() -> None:
-    found = over_records([done("t", "manual", [1, 0, 0, 0], ranks=[1, 2, 4, 20])])
-    assert list(found) == ["p_at_1", "p_at_10", "mrr", "exact_match"]
-    assert found["p_at_1"].value == 0.25
-    assert found["p_at_10"].value == 0.75
-    assert found["mrr"].value == pytest.approx((1 + 0.5 + 0.25 + 0.05) / 4)
+    table = over_records([done("t", "manual", [1, 0, 0, 0], ranks=[1, 2, 4, 20])])
+    assert list(table) == ["p_at_1", "p_at_10", "mrr", "exact_match"]
+    assert table["p_at_1"].value == 0.25
+    assert table["p_at_10"].value == 0.75
+    assert table["mrr"].value == pytest.approx((1 + 0.5 + 0.25 + 0.05) / 4)
     wilson = score([1.0, 0.0, 0.0, 0.0])
-    assert (found["p_at_1"].low, found["p_at_1"].high, found["p_at_1"].n) == (wilson.low, wilson.high, 4)
-    assert (found["p_at_1"].std, found["p_at_1"].seeds) == (None, 1)
+    assert (table["p_at_1"].low, table["p_at_1"].high, table["p_at_1"].n) == (wilson.low, wilson.high, 4)
+    assert (table["p_at_1"].std, table["p_at_1"].seeds) == (None, 1)
 
 
 def test_several_seeds_are_a_mean_per_record_and_a_spread() -> None:
     """Records (1, 1), (1, 0), (0, 0): means 1, 0.5, 0; the seeds' own means are 2/3 and 1/3."""
-    found = over_records([done("t", "p", [1, 1, 0]), done("t", "p", [1, 0, 0], seed=1)])["p_at_1"]
-    assert found.value == pytest.approx(0.5)
-    assert found.n == 3  # three records, whatever the number of seeds
-    assert found.seeds == 2
-    assert found.std == pytest.approx((2 * (1 / 6) ** 2) ** 0.5)
+    table = over_records([done("t", "p", [1, 1, 0]), done("t", "p", [1, 0, 0], seed=1)])["p_at_1"]
+    assert table.value == pytest.approx(0.5)
+    assert table.n == 3  # three records, whatever the number of seeds
+    assert table.seeds == 2
+    assert table.std == pytest.approx((2 * (1 / 6) ** 2) ** 0.5)
     expected = mean_score([1.0, 0.5, 0.0])
-    assert (found.low, found.high) == (expected.low, expected.high)
-
-
-def test_seeds_that_agree_claim_no_certainty() -> None:
-    """0 of 20 with every seed is still 0 of 20: a bootstrap would give an interval of no width."""
-    one = over_records([done("t", "p", [0] * 20)])["p_at_1"]
-    several = over_records([done("t", "p", [0] * 20, seed=seed) for seed in range(3)])["p_at_1"]
-    assert (several.low, several.high) == (one.low, one.high)
-    assert several.high > 0.1
-    assert (several.std, several.seeds) == (0.0, 3)
+    assert (table.low, table.high) == (expected.low, expected.high)
 
 
 def test_the_mean_over_tasks_counts_each_task_once() -> None:
     cells = [done("a", "manual", [1, 1, 1, 1, 1, 1, 1, 1]), done("b", "manual", [0, 1]), done("c", "manual", [0, 0])]
-    found = over_tasks(by_method(*cells), ["manual"])["manual"]["p_at_1"]
-    assert found.value == pytest.approx(0.5)  # not 9 of 12
-    assert (found.n, found.std, found.seeds) == (3, None, 1)
+    table = over_tasks(by_method(*cells), ["manual"])["manual"]["p_at_1"]
+    assert table.value == pytest.approx(0.5)  # not 9 of 12
+    assert (table.n, table.std, table.seeds) == (3, None, 1)
     expected = mean_score([1.0, 0.5, 0.0])
-    assert (found.low, found.high) == (expected.low, expected.high)
+    assert (table.low, table.high) == (expected.low, expected.high)
 
 
-def test_the_spread_over_seeds_of_a_mean_over_tasks() -> None:
-    cells = [
-        done("a", "p", [1, 1]), done("a", "p", [1, 0], seed=1),
-        done("b", "p", [0, 0]), done("b", "p", [1, 0], seed=1),
-    ]  # fmt: skip
-    found = over_tasks(by_method(*cells), ["p"])["p"]["p_at_1"]
-    assert found.value == pytest.approx((0.75 + 0.25) / 2)
-    # Seed 0: (1 + 0) / 2, seed 1: (0.5 + 0.5) / 2. The tasks differ, the mean over them does not.
-    assert (found.std, found.seeds) == (0.0, 2)
+def test_the_mean_over_tasks_of_scores_that_not_all_have() -> None:
+    cells = [done("a", "m", [1], ranks=[1]), done("b", "m", [0])]
+    assert list(over_tasks(by_method(*cells), ["m"])["m"]) == ["p_at_1", "exact_match"]
+    assert over_tasks(by_method(*cells), ["m", "never-run"]).keys() == {"m"}
 
 
 def test_only_seeds_that_all_tasks_have_make_a_spread() -> None:
@@ -98,19 +84,13 @@ def test_only_seeds_that_all_tasks_have_make_a_spread() -> None:
         done("a", "p", [1, 1], seed=1), done("a", "p", [0, 0], seed=2),
         done("b", "p", [0, 0]), done("b", "p", [1, 1], seed=1), done("b", "p", [0, 0], seed=2),
     ]  # fmt: skip
-    found = over_tasks(by_method(*cells), ["p"])["p"]["p_at_1"]
-    assert found.value == pytest.approx((0.5 + 1 / 3) / 2)
-    assert found.seeds == 2
-    assert found.std == pytest.approx(0.5**0.5)  # seed 1: 1 and 1, seed 2: 0 and 0
+    table = over_tasks(by_method(*cells), ["p"])["p"]["p_at_1"]
+    assert table.value == pytest.approx((0.5 + 1 / 3) / 2)
+    assert table.seeds == 2
+    assert table.std == pytest.approx(0.5**0.5)  # seed 1: 1 and 1, seed 2: 0 and 0
     apart = [done("a", "p", [1]), done("b", "p", [1], seed=1)]
     alone = over_tasks(by_method(*apart), ["p"])["p"]["p_at_1"]
     assert (alone.value, alone.std, alone.seeds) == (1.0, None, 1)
-
-
-def test_scores_that_not_all_tasks_have_are_left_out_of_their_mean() -> None:
-    cells = [done("a", "m", [1], ranks=[1]), done("b", "m", [0])]
-    assert list(over_tasks(by_method(*cells), ["m"])["m"]) == ["p_at_1", "exact_match"]
-    assert over_tasks(by_method(*cells), ["m", "never-run"]).keys() == {"m"}
 
 
 def test_the_pairs_that_are_compared() -> None:
@@ -136,9 +116,9 @@ def test_differences_are_paired_over_tasks() -> None:
         done("c", "p-tuning", [0, 0]), done("c", "manual", [0, 1]),
         done("d", "p-tuning", [1, 1]),
     ]  # fmt: skip
-    found = differences(by_method(*cells), compared(["manual", "p-tuning"], []))
-    assert list(found) == ["p-tuning - manual"]
-    gap = found["p-tuning - manual"]["p_at_1"]
+    table = differences(by_method(*cells), compared(["manual", "p-tuning"], []))
+    assert list(table) == ["p-tuning - manual"]
+    gap = table["p-tuning - manual"]["p_at_1"]
     expected = mean_difference([0.5, 0.5, -0.5])  # d has one of the two only
     assert (gap.value, gap.low, gap.high, gap.n) == (expected.value, expected.low, expected.high, 3)
 
@@ -175,16 +155,16 @@ def test_tables_hold_what_is_done() -> None:
         CellResult(Cell("P2", "p-tuning", 0), "failed", error="no room"),
         CellResult(Cell("P3", "manual", 0), "waiting"),
     ]  # fmt: skip
-    found = collect(*cells, methods=["manual", "p-tuning"], types={"P1": "1-1", "P2": "N-1", "P3": "N-M"})
-    assert {task: list(table) for task, table in found.tasks.items()} == {
+    table = collect(*cells, methods=["manual", "p-tuning"], types={"P1": "1-1", "P2": "N-1", "P3": "N-M"})
+    assert {task: list(table) for task, table in table.tasks.items()} == {
         "P1": ["manual", "p-tuning"], "P2": ["manual"],
     }  # fmt: skip
-    assert (found.macro["manual"]["p_at_1"].value, found.macro["manual"]["p_at_1"].n) == (0.5, 2)
-    assert (found.macro["p-tuning"]["p_at_1"].value, found.macro["p-tuning"]["p_at_1"].n) == (0.5, 1)
-    assert list(found.by_type) == ["1-1", "N-1"]
-    assert found.by_type["1-1"]["p-tuning"]["p_at_1"].value == 0.5
-    assert list(found.by_type["N-1"]) == ["manual"]
-    assert [result.error for result in found.failed] == ["no room"]
+    assert (table.macro["manual"]["p_at_1"].value, table.macro["manual"]["p_at_1"].n) == (0.5, 2)
+    assert (table.macro["p-tuning"]["p_at_1"].value, table.macro["p-tuning"]["p_at_1"].n) == (0.5, 1)
+    assert list(table.by_type) == ["1-1", "N-1"]
+    assert table.by_type["1-1"]["p-tuning"]["p_at_1"].value == 0.5
+    assert list(table.by_type["N-1"]) == ["manual"]
+    assert [result.error for result in table.failed] == ["no room"]
 
 
 def test_tables_follow_further_seeds() -> None:
@@ -217,18 +197,18 @@ def test_methods_that_differ_are_named_after_their_folder(run: Run, tmp_path: Pa
     run("lstm")
     run("none", "none")
     together = run("all", vary={"encoder": ["none"]})
-    found = merged([tmp_path / "lstm", tmp_path / "none"])
-    assert list(found.tasks["task"]) == ["majority", "manual", "p-tuning (lstm)", "p-tuning (none)"]
+    table = merged([tmp_path / "lstm", tmp_path / "none"])
+    assert list(table.tasks["task"]) == ["majority", "manual", "p-tuning (lstm)", "p-tuning (none)"]
     for one, other in {"p-tuning (lstm)": "p-tuning", "p-tuning (none)": "p-tuning encoder=none"}.items():
-        assert found.tasks["task"][one] == together.tasks["task"][other]
-        assert found.methods[one].learns_slots
-    gap = found.differences["p-tuning (lstm) - p-tuning (none)"]
+        assert table.tasks["task"][one] == together.tasks["task"][other]
+        assert table.methods[one].learns_slots
+    gap = table.differences["p-tuning (lstm) - p-tuning (none)"]
     assert gap == together.differences["p-tuning - p-tuning encoder=none"]
-    assert found.differences["p-tuning (none) - manual"]
-    assert found.settings["encoder"] == "lstm: lstm; none: none"
-    assert found.settings["epochs"] == 2
-    assert found.methods["p-tuning (none)"].describe.endswith("; none")
-    page = write_report(found, tmp_path / "report")
+    assert table.differences["p-tuning (none) - manual"]
+    assert table.settings["encoder"] == "lstm: lstm; none: none"
+    assert table.settings["epochs"] == 2
+    assert table.methods["p-tuning (none)"].describe.endswith("; none")
+    page = write_report(table, tmp_path / "report")
     text = page.read_text(encoding="utf-8")
     assert "Learning curves" in text  # read from the folders' cells
     assert not (tmp_path / "report" / "results.json").exists()

@@ -96,15 +96,6 @@ def test_masks(fraction: float) -> None:
         assert is_masked[row, sentence.object_at] == bool(fraction), sentence
 
 
-def test_no_subject_stands_in_two_parts() -> None:
-    for rows in FACTS.values():
-        parts = recall.split(rows, recall.Settings())
-        subjects = [row["x"] for part in parts.values() for row in part]
-        assert sorted(subjects) == sorted(row["x"] for row in rows)
-        assert len(set(subjects)) == len(subjects)
-        assert abs(len(parts["test"]) - len(rows) / 2) <= 1
-
-
 def test_the_whole_path_at_a_toy_size(tmp_path: Path) -> None:
     out = tmp_path / "recall"
     recall.run(TOY, out=out, report=lambda _: None)
@@ -123,20 +114,6 @@ def test_the_whole_path_at_a_toy_size(tmp_path: Path) -> None:
     assert sum(hits) / len(hits) == found["capitals"]["p_tuning"]["each"]["seed 0"]["value"]
     with pytest.raises(FileError, match="not empty"):
         recall.run(TOY, out=out, report=lambda _: None)
-
-
-def test_a_model_learns_the_facts_that_it_reads(tmp_path: Path) -> None:
-    settings = replace(TOY, relations=("capitals",), facts=6, width=32, epochs=130, batch_size=32, lr=4e-3)
-    facts = recall.load_facts(settings)
-    tokenizer = recall.make_tokenizer(facts)
-    losses: list[str] = []
-    model = recall.train_model(recall.make_corpus(facts, tokenizer), tokenizer, settings, report=losses.append)
-    assert len(losses) == 130
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    known = ptuning.PromptModel(ptuning.load_backbone(tmp_path))
-    asked = recall.ask(known, WORDINGS["capitals"]["stated"], facts["capitals"])
-    assert sum(asked.per_fact) / len(asked.per_fact) > 0.8
 
 
 def test_the_documented_tables_are_those_of_the_documented_results() -> None:

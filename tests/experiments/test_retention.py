@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from experiments.retention import plain_sentences, retention
+from experiments.retention import retention
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.errors import PromptError
@@ -59,12 +59,6 @@ def test_deep_slots_stand_in_front_as_others_do(causal: Backbone, template: str)
     found = retention(PromptModel(causal), prompt, sentences=SENTENCES)
     on = [nats(causal, causal.embed(torch.tensor([[5, 6, 7, 8]]))[0], text) for text in SENTENCES]
     assert math.isclose(found.with_prompt, sum(one for one, _ in on) / sum(count for _, count in on), rel_tol=1e-4)
-
-
-def test_the_shipped_sentences_are_200_different_ones() -> None:
-    found = plain_sentences()
-    assert len(found) == len(set(found)) == 200
-    assert all(text[0].isupper() and text.endswith(".") and 5 < len(text.split()) < 20 for text in found)
 
 
 def test_a_prompt_that_costs_nothing_is_not_asked(causal: Backbone, masked: Backbone) -> None:

@@ -150,15 +150,6 @@ def test_what_answers_is_what_scored_best_on_the_development_part(method: str, c
         )  # fmt: skip
 
 
-def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -> None:
-    """Development targets that training speaks against."""
-    plain = answer_records(PromptModel(causal), Prompt.manual(MANUAL), Records(DEV), single_token=True)
-    dev = [{"x": row["x"], "y": answer.text} for row, answer in zip(DEV, plain, strict=True)]
-    solution = fit("manual+fine-tuning", causal, QUICK.adapted(backbone_lr=0.01), task=task(dev=dev))
-    assert (solution.record["chosen_epoch"], share(plain)) == (0, 0.0)
-    assert solution.answer(as_questions(DEV)) == plain
-
-
 @pytest.mark.parametrize("method", KINDS)
 def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: str, causal: Backbone) -> None:
     config = QUICK
