@@ -120,7 +120,6 @@ class Metric:
     needs_ranks: bool = False
     needs_label: str | None = None
     primary: bool = False
-    only_in_report: bool = False
 
 
 def _hits(answers: Sequence[Answer], _: Sequence[Scored]) -> list[float]:
@@ -229,7 +228,7 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("p_at_1", "P@1", _hits, in_task_files=False, by_default=True, primary=True),
-        Metric("p_at_10", "P@10", _precision_at_10, False, by_default=True, needs_ranks=True, only_in_report=True),
+        Metric("p_at_10", "P@10", _precision_at_10, False, by_default=True, needs_ranks=True),
         Metric("mrr", "MRR", _reciprocal_ranks, in_task_files=False, by_default=True, needs_ranks=True),
         Metric(ACCURACY, "accuracy", _hits),
         Metric("macro_f1", "macro F1", _macro_f1),
