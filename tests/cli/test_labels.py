@@ -32,7 +32,7 @@ def test_the_most_frequent_of_many_labels_are_shown(size: int, capsys: pytest.Ca
     show_labels(Confusion(labels, counts))
     printed = lines_of(capsys)
     assert max(map(len, printed)) <= 80
-    shown = min(size, MAX_LABELS + (size > MOST_LABELS))
+    shown = min(size, MAX_LABELS + (size > MAX_LABELS))
     assert [str(at) for at in range(1, shown + 1)] in [line.split() for line in printed]
     assert any("12 most frequent of 40 labels" in line for line in printed) == (size == 40)
     assert any(OTHERS in line for line in printed) == (size > MAX_LABELS)
