@@ -6,6 +6,7 @@ import math
 import random
 import sys
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 import scipy
@@ -27,6 +28,10 @@ from ptuning.statistics import (
     summary,
     value_of,
 )
+
+
+def macro_f1(texts: Sequence[str], targets: Sequence[str]) -> Ratios:
+    return f1_counts(texts, targets, sorted({*texts, *targets}))
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -178,20 +183,15 @@ def test_two_scores_that_count_as_one() -> None:
     assert blend([[1.0, 0.0], [0.5, 0.5]]) == [0.75, 0.25]
     plain = [1.0, 0.0, 1.0]
     assert blend([plain]) is plain
-    both = blend(
-        [
-            [float(one == other) for one, other in zip(SAID, RIGHT, strict=True)],
-            f1_counts(SAID, RIGHT, sorted({*SAID, *RIGHT})),
-        ]
-    )
-    macro = value_of(f1_counts(SAID, RIGHT, sorted({*SAID, *RIGHT})))
+    both = blend([[float(one == other) for one, other in zip(SAID, RIGHT, strict=True)], macro_f1(SAID, RIGHT)])
+    macro = value_of(macro_f1(SAID, RIGHT))
     assert value_of(both) == pytest.approx((0.6 + macro) / 2)
     assert rows_of(both) == 10
 
 
 def test_means_over_trainings_and_differences_are_paired() -> None:
     worse = ["a"] * 10
-    one, other = f1_counts(SAID, RIGHT, sorted({*SAID, *RIGHT})), f1_counts(worse, RIGHT, sorted({*worse, *RIGHT}))
+    one, other = macro_f1(SAID, RIGHT), macro_f1(worse, RIGHT)
     mean = summary([one, other])
     assert mean.value == pytest.approx((value_of(one) + value_of(other)) / 2)
     assert mean.low <= mean.value <= mean.high
@@ -207,7 +207,7 @@ def test_means_over_trainings_and_differences_are_paired() -> None:
 
 def test_a_score_of_no_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        value_of(f1_counts([], [], sorted({*[], *[]})))
+        value_of(macro_f1([], []))
     with pytest.raises(ValueError, match="at least one"):
         value_of([])
 

@@ -167,7 +167,7 @@ def f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequen
     import numpy as np
 
     predicted, right = (
-        np.array([[text == label for label in labels] for text in texts], dtype=np.float64).reshape(-1, len(labels))
+        np.array([[text == label for label in labels] for text in texts], np.float64).reshape(len(texts), len(labels))
         for texts in (predictions, targets)
     )
     return Ratios(2 * predicted * right, predicted + right)
