@@ -15,6 +15,7 @@ from scipy import stats
 from ptuning.metrics import f1_counts
 from ptuning.statistics import (
     QUANTILE,
+    Ratios,
     Score,
     blend,
     correlation,
