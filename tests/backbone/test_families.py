@@ -96,7 +96,7 @@ def test_identity(name: str) -> None:
     """
     backbone = built(name)
     check_reading(backbone)
-    assert backbone.shares_prefix in (True, False)  # which takes a run of its own
+    assert backbone.branches in (True, False)  # which takes runs of its own
     read: list[int] = []
     head = backbone.model.get_output_embeddings()
     assert head is not None

@@ -41,16 +41,11 @@ def llama(model_folder: Callable[[str], Path]) -> str:
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_dtypes_are_torchs_or_their_names(name: str, llama: str) -> None:
-    """``torch.bfloat16`` is what every user of transformers passes."""
-    found = [load_backbone(llama, dtype=dtype, device="cpu") for dtype in (name, getattr(torch, name))]
-    assert [one.dtype for one in found] == [getattr(torch, name)] * 2
-    assert found[0].fingerprint == load_backbone(llama).fingerprint
-
-
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "auto"])
-def test_devices_are_torchs_or_their_names(device: str | torch.device, llama: str) -> None:
-    assert load_backbone(llama, device=device).device.type in ("cpu", "cuda", "mps")
+def test_dtypes_and_devices_are_torchs_or_their_names(name: str, llama: str) -> None:
+    loaded = [load_backbone(llama, dtype=name, device="cpu")]
+    loaded.append(load_backbone(llama, dtype=getattr(torch, name), device=torch.device("cpu")))
+    assert [backbone.dtype for backbone in loaded] == [getattr(torch, name)] * 2
+    assert loaded[0].fingerprint == load_backbone(llama).fingerprint
 
 
 def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,23 +67,25 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float23"}, "unknown dtype 'float23'; use auto, float32, bfloat16 or float16. Did you mean"),
-        ({"dtype": torch.int8}, "unknown dtype 'int8'; use auto, float32, bfloat16 or float16."),
+        ({"dtype": "float23"}, "unknown dtype 'float23'; use auto, float32, bfloat16, float16. Did you mean"),
+        ({"dtype": torch.int8}, "unknown dtype 'int8'"),
         ({"device": "cuba"}, "device 'cuba' cannot be used: "),
         ({"device": "cuda:77"}, "; use auto, cpu"),
         ({"device": "mps"}, "backend; use auto, cpu"),
         ({"device_map": "blanced"}, "unknown device_map 'blanced'; use auto, balanced, balanced_low_0, sequential, or"),
-        ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and a device_map are two answers to one question"),
+        ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and device_map"),
         ({"attn_implementation": "sdap"}, "unknown attn_implementation 'sdap'; use eager, "),
         ({"attn_implementation": "somebody/attention"}, "'somebody/attention' is code on the hub, which runs only if"),
         ({"max_length": 3}, "max_length is 3; it is a number of tokens, 4 or more"),
         ({"max_length": "many"}, "max_length is 'many'; it is a number of tokens"),
         ({"max_length": 65}, "max_length is 65, and the model reads 64 tokens at most"),
         ({"revision": "v2"}, "revision 'v2' names a version on the hub, and "),
-        ({"quantize": 8}, "unknown quantize '8'; use int8, nf4 or int8-bnb."),
+        ({"quantize": 8}, "unknown quantize '8'; use int8, nf4, int8-bnb."),
         ({"attn_implementation": True}, "attn_implementation is True; it is a text"),
         ({"revision": 3}, "revision is 3; it is a text"),
-        ({"shard": True}, "unknown shard 'True'; use tp, map or layers."),
+        ({"shard": True}, "unknown shard 'True'; use tp, map, layers."),
+        ({"shard": "map", "device_map": "auto"}, "shard 'map' and device_map"),
+        ({"shard": "tp", "quantize": "int8"}, "quantised weights are not spread over processes"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, object], message: str, llama: str) -> None:
@@ -108,30 +105,26 @@ ODD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "content"), [(file, one) for file, listed in ODD.items() for one in listed])
+@pytest.mark.parametrize(
+    ("file", "content"), [(file, content) for file, contents in ODD.items() for content in contents]
+)
 def test_whatever_its_files_hold_is_one_message(file: str, content: object, llama: str, tmp_path: Path) -> None:
     """Values of wrong types were errors of Python; where transformers does not mind, the model is used."""
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     given = json.loads((folder / file).read_text(encoding="utf-8"))
     text = content if isinstance(content, str) else json.dumps({**given, **content})  # type: ignore[dict-item]
     (folder / file).write_text(text, encoding="utf-8")
-    said = []
+    messages = []
     for read in (load_backbone, load_tokenizer):
         try:
             read(str(folder))
         except BackboneError as error:
-            said.append(str(error))
-    assert all(str(folder) in one and "\n" not in one for one in said)
-    if file == "generation_config.json":  # it says what ends a text, so it is not left out in silence
-        assert len(said) == 2
-
-
-def test_an_error_of_several_lines_is_told_to_its_point(llama: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama, tmp_path / "model"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "many"}), encoding="utf-8")
-    with pytest.raises(BackboneError, match=r"'max_position_embeddings': .*'many'.*\. The folder must hold"):
-        load_backbone(str(folder))
+            messages.append(str(error))
+    assert all(str(folder) in message and "\n" not in message for message in messages)
+    if file == "generation_config.json":  # it has the ends of a text, so it is not ignored silently
+        assert len(messages) == 2
+    if content == {"max_position_embeddings": "many"}:
+        assert "'max_position_embeddings'" in messages[0]
 
 
 def test_a_model_that_does_not_fit_into_the_gpu_says_what_to_do(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,39 +216,15 @@ def test_code_of_a_model_runs_only_if_asked_for(own_code: tuple[Path, Path], mon
     assert PromptModel(backbone).predict(RECORDS[:2], prompt)
 
 
-def test_a_family_that_needs_code_is_refused_with_what_to_take_instead(own_code: tuple[Path, Path]) -> None:
-    """ChatGLM: its code was written for transformers that are gone, and GLM-4 was converted."""
-    folder, trace = own_code
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "chatglm"}))
-    for load in (load_backbone, load_tokenizer):
-        with pytest.raises(
-            BackboneError, match=r"'chatglm' needs code .* zai-org/glm-4-9b-chat-hf, zai-org/GLM-4-9B-0"
-        ):
-            load(str(folder))
-    assert not trace.exists()
-    bare = {name: one for name, one in config.items() if name != "auto_map"}  # code that is not there helps nobody
-    (folder / "config.json").write_text(json.dumps({**bare, "model_type": "chatglm"}))
-    with pytest.raises(BackboneError, match="'chatglm' needs code"):
-        load_backbone(str(folder), trust_remote_code=True)
-
-
-def test_the_default_is_to_trust_nothing() -> None:
-    import inspect
-
-    assert inspect.signature(load_backbone).parameters["trust_remote_code"].default is False
-    assert LoadOptions().trust_remote_code is False
-
-
 def test_options_have_one_default() -> None:
     """Those of the function are those of the object that carries them."""
     import dataclasses
     import inspect
 
     carried = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
-    taken = {one.name: one.default for one in inspect.signature(load_backbone).parameters.values()}
-    del taken["name"]
-    assert taken == carried
+    parameters = inspect.signature(load_backbone).parameters.values()
+    assert {parameter.name: parameter.default for parameter in parameters if parameter.name != "name"} == carried
+    assert carried["trust_remote_code"] is False
 
 
 def test_float16_learns(llama: str) -> None:
@@ -289,9 +258,7 @@ def test_float16_learns(llama: str) -> None:
         ({"vocab_size": 10**8}, r"a vocabulary of 100,000,000, and the longest table of weights has \d+ rows"),
     ],
 )
-@pytest.mark.parametrize("load", [load_backbone, load_tokenizer])
 def test_a_config_that_no_weights_can_fill_is_refused_before_a_model_is_made(
-    load: Callable[[str], object],
     changed: dict[str, object],
     says: str,
     llama: str,
@@ -303,9 +270,9 @@ def test_a_config_that_no_weights_can_fill_is_refused_before_a_model_is_made(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", pytest.fail)
-    with pytest.raises(BackboneError, match=says) as caught:
-        load(str(folder))
-    assert "it is damaged, or belongs to another model" in str(caught.value)
+    for load in (load_backbone, load_tokenizer):
+        with pytest.raises(BackboneError, match=says):
+            load(str(folder))
 
 
 def test_layers_that_share_their_weights_may_be_more_than_tensors(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_rank_that_no_memory_holds_is_refused_before_any_is_taken(causal: Back
     """Shapes of the saved weights and of the config are compared first."""
     other = adapted(causal)
     config = json.dumps({**json.loads(lora.adapter_config(other.model, backbone="")), **changes}).encode()
-    with pytest.raises(PromptError, match=r"the saved adapters (have a wrong shape|do not fit LlamaForCausalLM)"):
+    with pytest.raises(PromptError, match=r"wrong shape|do not fit LlamaForCausalLM"):
         lora.restore_adapters(causal.copy(share=True).model, config, lora.adapter_parameters(other.model))
 
 

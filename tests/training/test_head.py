@@ -126,7 +126,7 @@ def test_what_a_head_cannot_do_is_refused(causal: Backbone, tmp_path: Path) -> N
     file = tmp_path / "run" / "prompt" / WEIGHTS_FOLDER / HEAD_FILE
     tensors = safetensors.torch.load_file(file)
     manifest = file.parents[1] / MANIFEST_FILE
-    for name, shape, says in ((f"{HEAD}.weight", (2, 5), "wrong shape"), (f"{HEAD}.bias", (3,), "of one layer")):
+    for name, shape, says in ((f"{HEAD}.weight", (2, 5), "wrong shape"), (f"{HEAD}.bias", (3,), "wrong shape")):
         before = sha256(file.read_bytes())
         safetensors.torch.save_file({**tensors, name: torch.zeros(shape)}, file)
         manifest.write_text(manifest.read_text("utf-8").replace(before, sha256(file.read_bytes())), encoding="utf-8")

@@ -62,7 +62,7 @@ class Backbone(LanguageModel):
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # reason for the number format of its weights, where it was chosen on loading
-    asked: LoadOptions | None = None  # options that it was loaded with
+    load_options: LoadOptions | None = None  # options that it was loaded with
     max_length: int | None = None  # maximum row length, where a smaller one was asked for than the model reads
 
     def __init__(

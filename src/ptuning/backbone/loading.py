@@ -7,7 +7,6 @@ import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +16,6 @@ from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.layers import layers_of
 from ptuning.backbone.number_format import (
-    ChosenDtype,
     choose_dtype,
     format_of,
     import_quietly,
@@ -84,7 +82,7 @@ def load_backbone(
         BackboneError: If there is no such backbone, if it is damaged, unsafe or of an unknown kind, or if an option has
             a wrong value.
     """
-    asked = LoadOptions(
+    options = LoadOptions(
         dtype=short_name(dtype),
         device=str(device),
         device_map=device_map,
@@ -97,38 +95,59 @@ def load_backbone(
         quantize=quantize,
         shard=shard,
     )
-    if asked.shard is not None:
-        check_launch(asked.shard)
-    place = _device(asked.device)
-    for one in dict.fromkeys(asked.device_map.values() if isinstance(asked.device_map, Mapping) else ()):
-        if one != "disk":
-            _device(f"cuda:{one}" if isinstance(one, int) else str(one))
-    _check_attention(asked.attn_implementation)
+    if options.shard is not None:
+        check_launch(options.shard)
+    place = _device(options.device)
+    for target in set(options.device_map.values()) if isinstance(options.device_map, Mapping) else ():
+        if target != "disk":
+            _device(f"cuda:{target}" if isinstance(target, int) else str(target))
+    if attn_implementation is not None and "/" not in attn_implementation:
+        from transformers import AttentionInterface
+
+        known = sorted({"eager", *AttentionInterface().valid_keys()})
+        if attn_implementation not in known:
+            raise BackboneError(
+                f"unknown attn_implementation '{attn_implementation}'; use {', '.join(known)}."
+                f"{closest(attn_implementation, known)}"
+            )
     name = str(name)
-    folder, found_revision = _find(name, asked)
+    folder, found_revision = _find(name, options)
     with _reading(name):
-        found = _loaded(folder, name, found_revision, asked, place)
-    found.asked = asked
-    return found
+        backbone = _load(folder, name, found_revision, options, place)
+    backbone.load_options = options
+    return backbone
 
 
-def _loaded(folder: str, name: str, revision: str | None, asked: LoadOptions, place: torch.device) -> Backbone:
-    config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-    _generation(folder)  # a damaged one, which says what ends a text, is left out by transformers without a word
-    chosen = _number_format(name, asked, config, place)
-    asked = _placed(asked, config, place)
-    is_placed = asked.device_map is not None or asked.shard == "tp"
+def _load(folder: str, name: str, revision: str | None, options: LoadOptions, place: torch.device) -> Backbone:
+    config, tokenizer, kind, _ = _read_tokenizer(folder, name, options)
+    stored = format_of(config)
+    if stored is not None and options.quantize is not None:
+        raise BackboneError(f"the backbone '{name}' is quantised already: {stored}; leave out quantize")
+    chosen = choose_dtype(options.dtype, place, quantize=options.quantize is not None)
+    warn_if_slow(chosen.dtype, place)
+    logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
+    import_quietly((stored or "").split(" ")[0])
+    device_map = "auto" if options.shard == "map" else options.device_map
+    if device_map is None and (options.quantize is not None or stored is not None):
+        device_map = {"": str(place)}  # quantised weights are made where they stay
+    is_placed = device_map is not None or options.shard == "tp"
     # float16 has a smaller range than the other formats, so the fingerprint is taken of the weights as they are stored.
     is_halved = chosen.dtype == torch.float16 and not is_placed
     dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
-    model = _load(folder, kind, name, asked, config=config, dtype=dtype)
+    more: dict[str, Any] = {"device_map": device_map, "attn_implementation": options.attn_implementation}
+    if options.shard == "tp":
+        more["distributed_config"] = tensor_parallel(config, name=name)
+    if options.quantize is not None:
+        more["quantization_config"] = quantization_config(options.quantize, dtype=dtype)
+    model = _load_model(folder, kind, name, options, dtype=dtype, more=more)
     backbone = Backbone(model, tokenizer, name=name, revision=revision, is_tokenizer_shared=False)
-    backbone.dtype_reason, backbone.max_length = chosen.reason, asked.max_length
-    if is_halved or asked.shard is not None:  # of weights that are spread, it is taken in all processes, or before
+    backbone.dtype_reason, backbone.max_length = chosen.reason, options.max_length
+    # The fingerprint of weights that are spread is taken in all processes, or before.
+    if is_halved or options.shard in ("tp", "layers"):
         logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
     if is_halved:
         model.half()
-    if asked.shard == "layers":
+    if options.shard == "layers":
         shard_layers(layers_of(model), device=place, name=name)
         backbone.shards = Shards.of(model)
     if not is_placed:
@@ -138,35 +157,47 @@ def _loaded(folder: str, name: str, revision: str | None, asked: LoadOptions, pl
     return backbone
 
 
-def _number_format(name: str, asked: LoadOptions, config: PretrainedConfig, place: torch.device) -> ChosenDtype:
-    """Return the number format to load, or that of what is not quantised."""
-    stored = format_of(config)
-    if stored is not None and asked.quantize is not None:
-        raise BackboneError(f"the backbone '{name}' is quantised already: {stored}; leave out quantize")
-    chosen = choose_dtype(asked.dtype, place, quantize=asked.quantize is not None)
-    warn_if_slow(chosen.dtype, place)
-    logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
-    import_quietly((stored or "").split(" ")[0])
-    return chosen
+def _load_model(
+    folder: str, kind: Kind, name: str, options: LoadOptions, *, dtype: torch.dtype, more: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run that was not
+    asked for.
+    """
+    import transformers
+
+    auto = {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "permuted": transformers.AutoModelForCausalLM,
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+    }[kind]
+    with _reading(name, needs=FOLDER_NEEDS if options.quantize is None else QUANTIZE_NEEDS):
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            **{option: value for option, value in more.items() if value is not None},
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        listed = f"{', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}"
+        raise BackboneError(
+            f"the backbone '{name}' lacks weights of {type(model).__name__}: {listed}; it was saved without its "
+            "language-model head"
+        )
+    return cast("PreTrainedModel", model)
 
 
-def _placed(asked: LoadOptions, config: PretrainedConfig, place: torch.device) -> LoadOptions:
-    """Return the options with a device map, where one is needed."""
-    if asked.shard == "map":
-        return replace(asked, device="auto", device_map="auto", shard=None)
-    is_quantised = asked.quantize is not None or format_of(config) is not None
-    if is_quantised and asked.device_map is None:  # quantised weights are made where they stay
-        return replace(asked, device="auto", device_map={"": str(place)})
-    return asked
-
-
-def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | None = None) -> tuple[TextTokenizer, Kind]:
-    """Load what templates need from a backbone, without its weights; errors as :func:`load_backbone`."""
-    name, asked = str(name), asked or LoadOptions()
-    folder, _ = _find(name, asked)
+def load_tokenizer(
+    name: str | Path = sources.BACKBONE, options: LoadOptions | None = None
+) -> tuple[TextTokenizer, Kind]:
+    """Load the tokenizer and kind of a backbone, without its weights; errors as :func:`load_backbone`."""
+    name, options = str(name), options or LoadOptions()
+    folder, _ = _find(name, options)
     with _reading(name):
-        config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-        generation = _generation(folder)
+        config, tokenizer, kind, generation = _read_tokenizer(folder, name, options)
         return TextTokenizer(
             tokenizer,
             max_tokens=longest_row(config),
@@ -176,20 +207,12 @@ def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | Non
         ), kind
 
 
-def _find(name: str, asked: LoadOptions) -> tuple[str, str | None]:
+def _find(name: str, options: LoadOptions) -> tuple[str, str | None]:
     weights = sources.gguf_weights(name)
     if weights is None:
-        return find_backbone(name, asked)
-    check_no_revision(name, asked)
+        return find_backbone(name, options)
+    check_no_revision(name, options)
     return str(sources.cached_folder(weights, lambda gguf, folder: _convert(gguf, folder, name=name))), None
-
-
-def _generation(folder: str) -> GenerationConfig | None:
-    import transformers
-
-    if not (Path(folder) / "generation_config.json").is_file():
-        return None
-    return transformers.GenerationConfig.from_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -217,60 +240,26 @@ def _reading(name: str, *, needs: str = FOLDER_NEEDS) -> Iterator[None]:
 
 
 def _read_tokenizer(
-    folder: str, name: str, asked: LoadOptions
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Kind]:
+    folder: str, name: str, options: LoadOptions
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Kind, GenerationConfig | None]:
     import transformers
 
     with _reading(name):
-        trusted = asked.trust_remote_code
+        trusted = options.trust_remote_code
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-        if asked.max_length is not None:
+        if options.max_length is not None:
             longest = min(longest_row(config), int(tokenizer.model_max_length))
-            if asked.max_length > longest:
+            if options.max_length > longest:
                 raise BackboneError(
-                    f"max_length is {asked.max_length:,}, and the model reads {longest:,} tokens at most"
+                    f"max_length is {options.max_length:,}, and the model reads {longest:,} tokens at most"
                 )
-            tokenizer.model_max_length = asked.max_length
-        return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
-
-
-def _load(
-    folder: str, kind: Kind, name: str, asked: LoadOptions, *, config: PretrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run that was not
-    asked for.
-    """
-    import transformers
-
-    auto = {
-        "causal": transformers.AutoModelForCausalLM,
-        "masked": transformers.AutoModelForMaskedLM,
-        "permuted": transformers.AutoModelForCausalLM,
-        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
-    }[kind]
-    chosen: dict[str, Any] = {"device_map": asked.device_map, "attn_implementation": asked.attn_implementation}
-    needs = FOLDER_NEEDS
-    if asked.shard == "tp":
-        chosen["distributed_config"] = tensor_parallel(config, name=name)
-    if asked.quantize is not None:
-        chosen["quantization_config"], needs = quantization_config(asked.quantize, dtype=dtype), QUANTIZE_NEEDS
-    with _reading(name, needs=needs):
-        model, info = auto.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=asked.trust_remote_code,
-            output_loading_info=True,
-            **{option: value for option, value in chosen.items() if value is not None},
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise BackboneError(
-            f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
-            f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head"
-        )
-    return cast("PreTrainedModel", model)
+            tokenizer.model_max_length = options.max_length
+        kind = kind_of(config, has_mask=tokenizer.mask_token_id is not None)
+        generation = None
+        if (Path(folder) / "generation_config.json").is_file():  # transformers ignores a damaged one silently
+            generation = transformers.GenerationConfig.from_pretrained(folder)
+        return config, tokenizer, kind, generation
 
 
 def _convert(gguf: Path, folder: Path, *, name: str) -> None:
@@ -318,46 +307,29 @@ def _dtype_of_gguf(gguf: Path, *, name: str) -> torch.dtype:
         reader = GGUFReader(gguf)
         matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
         single = {name: field.parts[-1] for name, field in reader.fields.items() if len(field.types) == 1}
-        asked = {name: part.item() for name, part in single.items() if part.size == 1}
+        header = {name: part.item() for name, part in single.items() if part.size == 1}
         shapes = [tensor.shape.tolist() for tensor in reader.tensors]
     except Exception as error:
         raise BackboneError(
             f"cannot read the weights of {name}: {gguf.name} is not a whole GGUF file, but cut off or damaged ({error})"
         ) from error
-    sources.check_plausible(asked, shapes, where=f"the header of {gguf.name}")
+    sources.check_plausible(header, shapes, where=f"the header of {gguf.name}")
     exact = {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
-    return torch.float32 if all(one.tensor_type in exact for one in matrices) else torch.bfloat16
+    return torch.float32 if all(tensor.tensor_type in exact for tensor in matrices) else torch.bfloat16
 
 
 def _device(name: str) -> torch.device:
+    has_apple = torch.backends.mps.is_available()
     if name == "auto":
         if torch.cuda.is_available():
-            told = os.environ.get("LOCAL_RANK", "0")  # what else stands there is an error of the processes
-            return torch.device("cuda", (int(told) if told.isdecimal() else 0) % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            rank = os.environ.get("LOCAL_RANK", "0")  # an earlier launcher may have left another value there
+            return torch.device("cuda", (int(rank) if rank.isdecimal() else 0) % torch.cuda.device_count())
+        return torch.device("mps" if has_apple else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
         first = str(error).splitlines()[0].partition(". ")[0].removesuffix(".")  # torch goes on for hundreds of words
-        raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, {', '.join(_devices())}") from error
+        known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *["mps"] * has_apple]
+        raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, {', '.join(known)}") from error
     return device
-
-
-def _devices() -> list[str]:
-    """Return the devices that are there."""
-    apple = ["mps"] if torch.backends.mps.is_available() else []
-    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *apple]
-
-
-def _check_attention(name: str | None) -> None:
-    """Check that transformers knows an implementation of attention; code on the hub was asked for before."""
-    if name is None or "/" in name:
-        return
-    from transformers import AttentionInterface
-
-    known = ["eager", *AttentionInterface().valid_keys()]
-    if name not in known:
-        raise BackboneError(
-            f"unknown attn_implementation '{name}'; use {', '.join(sorted(set(known)))}.{closest(name, known)}"
-        )

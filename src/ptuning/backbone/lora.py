@@ -85,26 +85,28 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
             f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
             "they were trained on"
         ) from error
-    own = adapter_parameters(model)
-    for name, weight in own.items():
-        if name not in tensors:
-            raise PromptError(f"the saved adapters lack the key '{name}' that {type(model).__name__} needs")
-        if tensors[name].shape != weight.shape:
-            raise PromptError(
-                f"the saved adapters have a wrong shape at '{name}': {tuple(tensors[name].shape)}, and "
-                f"{type(model).__name__} needs {tuple(weight.shape)}"
-            )
-    extra = sorted(tensors.keys() - own.keys())
-    if extra:
-        raise PromptError(
-            f"the saved adapters hold the key '{extra[0]}', which {type(model).__name__} has no place for"
-        )
+    check_fits(tensors, adapter_parameters(model), model=model)
     for name, weight in list(model.named_parameters()):
         if weight.is_meta:  # it gets the saved values, on the device of the layer that it belongs to
             layer, (owner, _, key) = name.partition(".lora_")[0], name.rpartition(".")
             device = next(other.device for other in model.get_submodule(layer).parameters() if not other.is_meta)
             value = tensors[_saved_name(name)].to(device, weight.dtype, copy=True)
             model.get_submodule(owner).register_parameter(key, nn.Parameter(value, requires_grad=False))
+
+
+def check_fits(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], *, model: nn.Module) -> None:
+    """Raise a PromptError unless saved weights have the names and shapes of a model's own."""
+    called = type(model).__name__
+    for name, weight in own.items():
+        if name not in saved:
+            raise PromptError(f"the saved weights lack the key '{name}' of {called}")
+        if saved[name].shape != weight.shape:
+            raise PromptError(
+                f"the saved weights have a wrong shape at '{name}': {tuple(saved[name].shape)}, and {called} has "
+                f"{tuple(weight.shape)}"
+            )
+    if extra := saved.keys() - own.keys():
+        raise PromptError(f"the saved weights hold the key '{min(extra)}', which {called} has no place for")
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:

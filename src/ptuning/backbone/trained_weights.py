@@ -79,10 +79,10 @@ def trained_parameters(backbone: Backbone, train_backbone: TrainBackbone) -> dic
     if train_backbone == "none":
         return {}
     if train_backbone == "head":
-        return {name: one for name, one in backbone.model.named_parameters() if name.startswith(f"{HEAD}.")}
-    return (
-        lora.adapter_parameters(backbone.model) if train_backbone == "lora" else dict(backbone.model.named_parameters())
-    )
+        return {name: value for name, value in backbone.model.named_parameters() if name.startswith(f"{HEAD}.")}
+    if train_backbone == "lora":
+        return lora.adapter_parameters(backbone.model)
+    return dict(backbone.model.named_parameters())
 
 
 def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
@@ -179,52 +179,32 @@ class TrainedWeights:
             lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
             other.freeze()
         elif self.train_backbone == "head":
-            other = self._under_head(backbone)
+            weight = self.tensors.get(f"{HEAD}.weight")
+            classes = 1 if weight is None or weight.ndim != 2 else len(weight)
+            other = with_head(backbone, classes, seed=0, share=True)
+            self._put_into(other, trained_parameters(other, "head"))
         else:
             other = backbone.copy()
-            self._put_into(other)
+            self._put_into(other, _saved_tensors(other))
         other.trained = self.mark
         return other
 
-    def _under_head(self, backbone: Backbone) -> Backbone:
-        weight, bias = (self.tensors.get(f"{HEAD}.{name}") for name in ("weight", "bias"))
-        if weight is None or bias is None or len(self.tensors) > 2 or bias.shape != weight.shape[:1]:
-            raise PromptError(
-                f"the classification head holds {', '.join(sorted(self.tensors)) or 'nothing'}, and must "
-                f"hold the weight and the bias of one layer"
-            )
-        if weight.ndim != 2 or weight.shape[1] != backbone.hidden_width:
-            raise PromptError(
-                f"the classification head has a wrong shape, {tuple(weight.shape)}, and '{backbone.name}' gives hidden "
-                f"states of width {backbone.hidden_width}"
-            )
-        other = with_head(backbone, len(weight), seed=0, share=True)
-        with torch.no_grad():
-            for name, own in trained_parameters(other, "head").items():
-                own.copy_(self.tensors[name])
-        return other
-
-    def _put_into(self, backbone: Backbone) -> None:
-        own = _saved_tensors(backbone)
-        left = set(self.tensors)
+    def _put_into(self, backbone: Backbone, own: Mapping[str, Tensor]) -> None:
+        wanted, rows_of = dict(own), {}
+        if self.train_backbone == "full" and self.keep == "difference":
+            wanted = {name: weight for name, weight in own.items() if name in self.tensors}
+            for name, weight in own.items():
+                rows = self.tensors.get(name + ROWS)
+                if rows is None or rows.ndim != 1 or rows.dtype != torch.int64:
+                    continue
+                if 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
+                    rows_of[name] = rows.to(weight.device)
+                    wanted |= {name: weight[rows_of[name]], name + ROWS: rows}
+        lora.check_fits(self.tensors, wanted, model=backbone.model)
         with torch.no_grad():
             for name, weight in own.items():
-                kept, rows = self.tensors.get(name), self.tensors.get(name + ROWS)
-                left -= {name, name + ROWS}
-                if kept is None and self.keep == "whole":
-                    raise PromptError(f"the trained weights lack the key '{name}' of '{backbone.name}'")
-                if kept is None:
-                    continue
-                if not (kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)):
-                    raise PromptError(
-                        f"the trained weights have a wrong shape at '{name}': {tuple(kept.shape)}, and "
-                        f"'{backbone.name}' has {tuple(weight.shape)}"
-                    )
-                weight[... if rows is None else rows.to(weight.device)] = kept.to(weight.device)
-        if left:
-            raise PromptError(
-                f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
-            )
+                if name in self.tensors:
+                    weight[rows_of.get(name, ...)] = self.tensors[name].to(weight.device, weight.dtype)
 
     def save(self, folder: Path) -> WeightsEntry:
         """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.
@@ -288,34 +268,25 @@ def _saved_tensors(backbone: Backbone) -> dict[str, Tensor]:
     """Return the weights of a model, tied ones once, and the buffers that are saved with it."""
     weights = {name: weight.detach() for name, weight in backbone.model.named_parameters()}
     buffers = dict(backbone.model.named_buffers())
-    return weights | {name: one for name, one in backbone.model.state_dict().items() if name in buffers}
+    return weights | {name: value for name, value in backbone.model.state_dict().items() if name in buffers}
 
 
 def _changed(trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that changed; if only some rows of a tensor changed, these rows."""
-    found: dict[str, Tensor] = {}
+    changed: dict[str, Tensor] = {}
     for name, weight in trained.items():
         if weight.ndim == 0:
-            found[name] = weight
+            changed[name] = weight
             continue
         # Compared as bits: a change from 0 to -0 counts, too.
         before = frozen[name].detach().float().view(torch.int32)
         moved = (weight.view(torch.int32) != before).reshape(len(weight), -1).any(dim=-1)  # (rows,)
         rows = moved.nonzero()[:, 0]  # (changed rows,)
         if len(rows) == len(weight):
-            found[name] = weight
+            changed[name] = weight
         elif len(rows):
-            found |= {name: weight[rows], name + ROWS: rows}
-    return found
-
-
-def _rows_fit(kept: Tensor, rows: Tensor, weight: Tensor) -> bool:
-    return (
-        rows.ndim == 1
-        and rows.dtype == torch.int64
-        and kept.shape == (len(rows), *weight.shape[1:])
-        and (not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) < len(weight))
-    )
+            changed |= {name: weight[rows], name + ROWS: rows}
+    return changed
 
 
 def _model_files(backbone: Backbone) -> dict[str, bytes]:

@@ -182,7 +182,7 @@ class WorkerSpec:
             raise ConfigError(SHARDED)
         loading = (
             workers.loading
-            or backbone.asked
+            or backbone.load_options
             or LoadOptions(
                 revision=backbone.revision,
                 attn_implementation=backbone.loaded.get("attn_implementation"),
