@@ -85,29 +85,6 @@ def rows(draw: st.DrawFn) -> list[Example]:
 
 
 @SIDES
-@settings(max_examples=60, deadline=None)
-@given(examples=rows())
-def test_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: list[Example]) -> None:
-    """No mask has a 1-0-1; what the mask keeps is the row itself, with its slots and scored positions.
-
-    Where slots are put in front of rows that are padded already, pads get between slots and text.
-    """
-    batch = collate(examples, each(*(len(row.slot_positions) for row in examples)), pad_side=side)
-    for number, row in enumerate(examples):
-        mask = batch.mask[number]
-        assert "01" not in "".join(map(str, mask.tolist())).strip("0")
-        assert batch.token_ids[number][mask.bool()].tolist() == list(row.token_ids)
-        assert batch.positions[number][mask.bool()].tolist() == list(range(len(row.token_ids)))
-        assert not batch.token_ids[number][~mask.bool()].any()
-        slots = batch.slot_cols[batch.slot_rows == number]
-        assert batch.positions[number][slots].tolist() == list(row.slot_positions)
-        logits = batch.logit_cols[batch.logit_rows == number]
-        assert batch.positions[number][logits].tolist() == list(row.logit_positions)
-        assert bool(mask[slots].all())
-        assert bool(mask[logits].all())
-
-
-@SIDES
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
 def test_a_pad_is_no_token_id(side: Side, family: str, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
     """Text with the pad, unknown or end token in it keeps mask 1 there, as do slots, whose id is that of a pad.
@@ -137,14 +114,6 @@ def test_a_row_with_another_number_of_slots_than_its_prompt_is_refused(vectors: 
     """A row with more or fewer slots than its prompt has vectors is an error, never cut or filled up."""
     with pytest.raises(PromptError, match=f"row 1 has 3 slots, and its prompt has {vectors} vectors"):
         collate([SHORT, LONG], each(1, vectors))
-
-
-def test_a_batch_moves_to_a_device_whole() -> None:
-    batch = collate([SHORT, LONG], each(1, 3))
-    moved = batch.to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
-    assert moved.counts == batch.counts
-    assert batch.token_ids.device.type == "cpu"
 
 
 QUESTION = example([1, 0, 0, 4, 6], slots=(1, 2), logits=(4,))
@@ -177,26 +146,6 @@ def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
         assert collate(rows, one_or_none).shared_tokens == shared
 
 
-def test_slots_of_other_prompts_are_not_shared() -> None:
-    """Slots of the same place and number hold other vectors if their rows belong to different prompts."""
-    same = PromptBatch(torch.zeros(4, 1), slots=(2, 2), rows=(1, 1))
-    assert collate([QUESTION] * 2, same).shared_tokens == 4
-    assert collate([QUESTION] * 2, each(2, 2)).shared_tokens == 1
-    moved = example([1, 0, 9, 0, 6], slots=(1, 3), logits=(4,))
-    assert collate([QUESTION, moved], same).shared_tokens == 2
-    behind = example([0, 0, 6], slots=(0, 1), logits=(2,))
-    assert collate([behind] * 2, each(2, 2)).shared_tokens == 0
-
-
-def test_rows_behind_pads_share_nothing() -> None:
-    """Columns of pads are no prefix; without a pad in front, the side makes no difference."""
-    longer, one = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,)), PromptBatch(torch.zeros(2, 1))
-    assert collate([QUESTION, longer], one, pad_side="left").shared_tokens == 0
-    assert collate([QUESTION, QUESTION], one, pad_side="left").shared_tokens == 4
-    assert collate([QUESTION], one).shared_tokens == 4
-    assert shared_tokens([]) == 0
-
-
 @settings(max_examples=100, deadline=None)
 @given(examples=rows(), owners=st.lists(st.integers(0, 1), min_size=5, max_size=5))
 def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example], owners: list[int]) -> None:
@@ -220,19 +169,6 @@ def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example
     assert batch.shared_tokens == first or len(column(batch.shared_tokens)) > 1
 
 
-def test_prompts_are_joined_one_below_the_other() -> None:
-    """Each row keeps its own prompt's vectors, in any choice of rows; one prompt alone needs no rows."""
-    one, two = PromptBatch(torch.full((2, 4), 1.0)), PromptBatch(torch.full((3, 4), 2.0))
-    both = PromptBatch.join([one, two], rows=[1, 0, 1])
-    assert both.vectors[:, 0].tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
-    assert both.layout(3) == ([3, 2, 3], [2, 0, 2])
-    assert both.take([1, 1]).layout(2) == ([2, 2], [0, 0])
-    assert PromptBatch.join([two], rows=[0, 0]) is two
-    assert two.take([5]) is two
-    assert two.layout(2) == ([3, 3], [0, 0])
-    assert PromptBatch.none(4).layout(1) == ([0], [0])
-
-
 def cost(passes: list[list[int]], lengths: list[int], pass_tokens: int) -> int:
     return sum(len(one) * max(lengths[at] for at in one) + pass_tokens for one in passes)
 
@@ -247,9 +183,3 @@ def test_rows_are_cut_where_that_costs_least(lengths: list[int], pass_tokens: in
         starts = [0, *(at for at, begins in enumerate(choice, start=1) if begins)]
         other = [order[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
         assert not lengths or cost(found, lengths, pass_tokens) <= cost(other, lengths, pass_tokens)
-
-
-def test_rows_of_one_length_and_few_rows_are_not_cut() -> None:
-    assert cut_by_length([7] * 100, pass_tokens=48) == [list(range(100))]
-    assert len(cut_by_length([5, 30], pass_tokens=48)) == 1
-    assert len(cut_by_length([5] * 9 + [30], pass_tokens=48)) == 2

@@ -14,7 +14,7 @@ from ptuning.engine.batch import collate
 from ptuning.engine.decoding import DecodingState
 from ptuning.engine.forward import forward, forward_batch, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.soft_prompt import DeepParams, PromptBatch, initial_deep_params, layer_input_rms, prefix_of_tokens
+from ptuning.engine.soft_prompt import DeepParams, PromptBatch, initial_deep_params
 from ptuning.template.encode import Example, TokenizedTemplate
 from ptuning.template.language import Template
 from tests.backbone.test_families import close, every_family, plain
@@ -131,17 +131,6 @@ def prompts(backbone: Backbone) -> list[tuple[TokenizedTemplate, PromptBatch]]:
     return found
 
 
-@pytest.mark.parametrize("pattern", ["[D*3] [Y]", "[D:the capital of] [Y]", "[D*3][Y]"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_deep_slots_with_nothing_but_a_space_before_the_target(name: str, pattern: str) -> None:
-    """They are in the row: a block is none of its positions, and the target needs one to be scored at."""
-    bound = bind(backbone_of(name), pattern, block=True)
-    (example,) = bound.examples([{"y": "a city"}])
-    assert bound.layout.in_front == 0
-    assert len(example.slot_positions) == bound.slots > 0
-    assert example.logit_positions[0] == example.slot_positions[-1]
-
-
 @every_family
 @torch.no_grad()
 def test_alone_or_in_company_of_other_prompts(name: str) -> None:
@@ -243,11 +232,3 @@ def test_parts_of_what_is_learned_belong_to_their_slots() -> None:
     assert first.vectors[:, 0].tolist() == [0.0, 1.0]
     assert other.offsets is not None
     assert other.offsets[:, 0, 0].tolist() == [1.0, 2.0]
-
-
-def test_sizes_and_blocks_have_the_shape_of_the_backbone() -> None:
-    backbone = backbone_of("llama")
-    assert prefix_of_tokens(backbone, [3, 4, 5]).shape == (2, 2, 2, 3, 8)
-    sizes = layer_input_rms(backbone, torch.Generator().manual_seed(0))
-    assert sizes.shape == (1,)
-    assert float(sizes) > 0

@@ -5,16 +5,11 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import ptuning
-import ptuning.engine.batch as batch_module
 import ptuning.engine.forward as model_module
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import MAX_BATCH_POSITIONS, MAX_BATCH_TOKENS, MAX_CACHED_TOKENS, batches, collate
@@ -58,18 +53,6 @@ def test_other_vectors_give_other_logits(backbone: Backbone) -> None:
         PromptModel(backbone).target_logits(RECORDS, learned(backbone, TEMPLATES[0], seed=seed)) for seed in (1, 2)
     )
     assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(one, two, strict=True))
-
-
-def test_a_prompt_started_from_words_equals_the_manual_prompt(backbone: Backbone) -> None:
-    """Invariant *Identity*: slots start at the words' own tokens, with no special ones among them."""
-    template = "[P:The capital of] [X] [P:is] [Y]"
-    filled = bound(backbone, template)
-    assert not set(filled.slot_start_ids) & set(backbone.tokenizer.special_ids.values())
-    warm = Prompt.from_token_ids(template, [i for i in filled.slot_start_ids if i is not None], backbone)
-    manual = Prompt.manual("The capital of [X] is [Y]")
-    model = PromptModel(backbone)
-    for a, b in zip(model.target_logits(RECORDS, warm), model.target_logits(RECORDS, manual), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("segment", [0, 1])
@@ -131,15 +114,6 @@ def test_a_batch_that_asks_for_a_missing_vector_is_an_error(causal: Backbone) ->
         target_logits(causal, examples, PromptBatch(torch.zeros(2, causal.width)))
 
 
-def test_vectors_are_written_in_one_place() -> None:
-    """One function of the package writes slot vectors into embeddings, so one place has to be right; and one adds those
-    of deep slots to what layers read.
-    """
-    sources = sorted(Path(ptuning.__file__).parent.rglob("*.py"))
-    written = [path.name for path in sources if re.search(r"index_put|masked_scatter|index_copy", path.read_text())]
-    assert written == ["layers.py", "forward.py"]
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) -> None:
     """Invariant *Alone or in company*: a row's logits are the same beside longer and shorter rows.
@@ -156,26 +130,6 @@ def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) ->
         torch.testing.assert_close(logits, alone[index], atol=1e-5, rtol=0)
 
 
-def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant *Alone or in company*: the test above runs all rows in one batch, with pads on one side only."""
-    seen = []
-
-    def spy(embeddings: torch.Tensor, *, mask: torch.Tensor, **inputs: Any) -> object:
-        seen.append(mask)
-        return run(embeddings, mask=mask, **inputs)
-
-    assert backbone.pads_left  # which is found out by runs of its own, as
-    assert backbone.shares_prefix == (backbone.kind == "causal")
-    run = backbone.run
-    monkeypatch.setattr(backbone, "run", spy)
-    prompt = learned(backbone, "[P*2] [X] [P:is] [Y]")
-    target_logits(backbone, prompt.bind(backbone).examples(RECORDS), prompt.learned(backbone), pad_side="left")
-    assert len(seen) == 1
-    assert seen[0].shape[0] == len(RECORDS)
-    assert (seen[0].diff(dim=1) >= 0).all()  # zeros, then ones
-    assert (seen[0][:, 0] == 0).any()
-
-
 def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
     """Invariants *Alone or in company* and *Fast = slow*: each row has its own prompt's slots, in template order.
 
@@ -188,28 +142,6 @@ def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
     mixed = model.target_logits(RECORDS, prompts)
     for record, prompt, logits in zip(RECORDS, prompts, mixed, strict=True):
         torch.testing.assert_close(logits, model.target_logits([record], prompt)[0], atol=1e-5, rtol=0)
-
-
-def test_equal_prompts_of_different_objects_do_not_mix(backbone: Backbone) -> None:
-    """Vectors are found by prompt. Template and length do not tell: two prompts may have the same."""
-    a, b = learned(backbone, "[P*2] [X] [Y]", seed=1), learned(backbone, "[P*2] [X] [Y]", seed=2)
-    twin = replace(a)
-    model = PromptModel(backbone)
-    record = RECORDS[0]
-    found = model.target_logits([record] * 3, [a, b, twin])
-    torch.testing.assert_close(found[0], found[2], atol=1e-6, rtol=0)
-    assert float((found[0] - found[1]).abs().max()) > 1e-3
-
-
-def test_rows_with_fields_of_different_length_get_the_same_vectors(causal: Backbone) -> None:
-    """Vectors go to slots in template order, wherever in the row the slots come to be."""
-    vectors = torch.randn(4, causal.width)
-    examples = bound(causal, "[P*2] [X] [P*2] [Y]").examples(RECORDS)
-    batch = collate(examples, PromptBatch(vectors))
-    found = embed_inputs(causal.embed(batch.token_ids), vectors, batch)
-    assert len({example.slot_positions for example in examples}) > 1
-    for row, example in enumerate(examples):
-        assert torch.equal(found[row, list(example.slot_positions)], vectors)
 
 
 def test_batches_hold_every_row_once_and_keep_their_bounds(causal: Backbone) -> None:
@@ -336,21 +268,6 @@ def test_a_backbone_in_training_mode_runs_whole_rows(
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_one_row_and_equal_rows(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row has nobody to share with; of equal rows all in front of the first scored position is shared."""
-    template = "[P*3] [X] is [Y]"
-    examples = bound(backbone, template).examples([RECORDS[2]])
-    prompts = learned(backbone, template).learned(backbone)
-    passes = Passes(backbone)
-    for rows in (1, 4):
-        assert_same(run_both_ways(backbone, examples * rows, prompts, monkeypatch))
-    width, shared = len(examples[0].token_ids), examples[0].logit_positions[0]
-    assert collate(examples * 4, prompts).shared_tokens == shared
-    assert passes.bodies[:2] == [(1, width), (1, width)]
-    assert passes.bodies[-3:] == [(1, shared), (4, width - shared), (4, width)]
-
-
-@pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariants *Alone or in company* and *Fast = slow*: the text in front of all prompts is shared.
 
@@ -369,19 +286,6 @@ def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch:
     two = PromptBatch.join(prompts, rows=[0, 1])
     assert collate(examples[:1] * 2, two).shared_tokens == examples[0].slot_positions[0]
     assert_same(run_both_ways(backbone, examples[:1] * 2, two, monkeypatch))
-
-
-def test_examples_in_front_of_every_question(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manual prompt with examples scores as before where they run once (docs/decisions.md, decision 16)."""
-    prompt = Prompt.manual("Kenya: Nairobi. Peru: Lima. France: Paris. [X]: [Y]")
-    model, found = PromptModel(backbone), []
-    for least in (1, NEVER):
-        monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
-        ranked = model.rank(RECORDS, prompt, ["Nairobi", "Lima", "a good film"])
-        values = [[candidate.log_prob for candidate in row] for row in ranked]
-        found.append((torch.cat(model.target_logits(RECORDS, prompt)), torch.tensor(values)))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -431,23 +335,3 @@ def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:
             assert sum(len(long[index].logit_positions) for index in chosen) <= MAX_BATCH_POSITIONS
         if prefix:
             assert len(found) < len(list(batches([[example] for example in long])))
-
-
-def test_what_is_not_shared_does_not_widen_batches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A masked model and mixed prompts run whole rows, so whole rows are what their batches count."""
-    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 100)
-    monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
-    sizes: list[int] = []
-    real = backbone.run
-
-    def spy(embeddings: torch.Tensor, **inputs: Any) -> object:
-        sizes.append(embeddings.shape[:2].numel())
-        return real(embeddings, **inputs)
-
-    monkeypatch.setattr(backbone, "run", spy)
-    a, b = (learned(backbone, "[P*8] [X] [Y]", seed=seed) for seed in (1, 2))
-    model, rows = PromptModel(backbone), RECORDS * 4
-    for prompts in (a, [a, b] * (len(rows) // 2)):
-        model.target_logits(rows, prompts)
-        model.rank(rows, prompts, ["yes", "no", "a good film"])
-    assert max(sizes) <= 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
@@ -17,11 +16,9 @@ from ptuning.engine.forward import target_logits
 from ptuning.engine.objective import (
     NAME_TOKENS,
     STOP_WEIGHT,
-    Continuation,
     ContinuationScores,
     ScoringRequest,
     build_requests,
-    candidate_request,
     class_scores,
     hits,
     inputs_of,
@@ -211,29 +208,6 @@ def test_candidates_of_one_length_share_their_input(masked: Backbone, causal: Ba
             assert len(inputs) == len({len(choice.target_ids) for choice in choices})
 
 
-def test_candidates_that_share_inputs_equal_one_forward_each(backbone: Backbone) -> None:
-    """Invariant *Fast = slow* (docs/invariants.md): candidates that share inputs score as in a forward pass each.
-
-    Candidates of one and of several tokens, for several records in one batch.
-    """
-    filled = bound(backbone, TEMPLATE)
-    per_record = [filled.examples([record] * len(CANDIDATES), targets=CANDIDATES) for record in RECORDS]
-    items = [candidate_request(examples) for examples in per_record]
-    assert any(len(item.inputs) > 1 for item in items)
-    found = scored_by(backbone, items).log_probs.view(len(RECORDS), -1)
-    for row, examples in enumerate(per_record):
-        for column, example in enumerate(examples):
-            assert math.isclose(float(found[row, column]), sum(by_hand(backbone, example)), abs_tol=1e-4)
-
-
-def test_masked_candidates_are_given_as_many_masks_as_they_have_tokens(masked: Backbone) -> None:
-    """A word of three tokens is scored at three masks, none of which shows the others."""
-    filled = bound(masked, TEMPLATE)
-    for example in filled.examples([RECORDS[0]] * len(CANDIDATES), targets=CANDIDATES):
-        assert masked.tokenizer.mask_id is not None
-        assert example.token_ids.count(masked.tokenizer.mask_id) == len(example.target_ids)
-
-
 @pytest.mark.parametrize("normalise", ["sum", "mean"])
 def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
     """Label words: the log of the mean probability of a label's words, several words and tokens each."""
@@ -337,17 +311,6 @@ def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> Non
     assert vectors.grad.abs().sum() > 0
 
 
-def test_equal_numbers_of_words_score_as_before_by_the_bit(causal: Backbone) -> None:
-    """Label words of every item: the log of the mean over one table, without any padding."""
-    rows = as_records([{**record, "y": "bad"} for record in RECORDS])
-    items = build_requests(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
-    scored = scored_by(causal, items)
-    classes = torch.tensor(items[0].classes)
-    members = torch.arange(3)[:, None] == classes
-    table = scored.log_probs.view(len(items), 1, -1).masked_fill(~members, -torch.inf)
-    assert torch.equal(class_scores(items, scored), torch.logsumexp(table, dim=-1) - members.sum(dim=-1).log())
-
-
 def test_fields_that_hold_no_content_stay_in_an_empty_record() -> None:
     record = {"premise": "The vase broke", "question": "because", "after": ""}
     assert Scoring(keep=("question",)).empty_record(record) == {"premise": "N/A", "question": "because", "after": ""}
@@ -380,26 +343,6 @@ def test_errors_name_the_row_and_not_its_place_among_all_choices(causal: Backbon
         build_requests(bound(causal, TEMPLATE), asked, CHOICES)
     with pytest.raises(RecordError, match="in memory, row 2 has no choices"):
         build_requests(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]), CHOICES)
-
-
-def test_gradients_reach_the_logits_of_every_scored_token() -> None:
-    """The loss of two items of different length is differentiable in exactly their own rows."""
-    example = [Example((1, 2, 3)[:n], (), tuple(range(n)), tuple(range(n)), n) for n in (2, 3)]
-    items = [ScoringRequest((one,), (Continuation(0, one.target_ids, one.own_tokens),)) for one in example]
-    logits = torch.randn(5, 7, requires_grad=True)
-    value, count = loss(items, score_continuations(items, logits))
-    (value / count).backward()
-    assert logits.grad is not None
-    expected = (logits.detach().softmax(-1) - torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 2]), 7)) / 5
-    torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
-
-
-def test_scores_do_not_depend_on_the_order_of_items(backbone: Backbone) -> None:
-    """Invariant *Alone or in company* (docs/invariants.md): shuffling only permutes the scores."""
-    items = items_of(backbone, TEMPLATE, RECORDS)
-    order = random.Random(2).sample(range(len(items)), len(items))
-    found, shuffled = scored_by(backbone, items), scored_by(backbone, [items[index] for index in order])
-    torch.testing.assert_close(shuffled.all_log_probs, found.all_log_probs[order], atol=1e-5, rtol=1e-5)
 
 
 def test_choices_that_the_tokenizer_does_not_tell_apart_are_no_hits(masked: Backbone) -> None:

@@ -84,15 +84,6 @@ def test_equals_whole_rows(family: str, template: str, make_backbone: Callable[[
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_is_kept_once_for_rows_that_begin_alike(causal: Backbone) -> None:
-    rows = rows_of(causal, LATE)
-    cache = prepared(causal, rows)
-    assert cache.tokens == sum(map(len, {row.token_ids[: row.slot_positions[0]] for row in rows}))
-    before = cache.memory_bytes
-    cache.prepare(rows)
-    assert cache.memory_bytes == before > 0
-
-
 def sizes(backbone: Backbone, rows: Sequence[Example]) -> list[int]:
     """Return the bytes of each row's entry."""
     return [part.nbytes for part in prepared(backbone, rows)._memory.values()]
@@ -161,16 +152,6 @@ def test_a_disk_that_takes_no_more_ends_no_training(
     assert "cannot be written to the disk" in caplog.text
 
 
-def test_no_folder_for_temporary_files(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does that end a training."""
-    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
-    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with prepared(causal, rows, disk_bytes=1 << 40) as cache:
-        assert not cache.disk_bytes
-        assert target_logits(causal, rows, PromptBatch(vectors), cache=cache).isfinite().all()
-
-
 def test_what_cannot_be_read_is_computed_anew(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     wanted = plain(causal, rows, vectors)
@@ -180,20 +161,6 @@ def test_what_cannot_be_read_is_computed_anew(causal: Backbone, monkeypatch: pyt
             file.truncate(100)
         found = target_logits(causal, rows, PromptBatch(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
-
-
-def test_it_is_read_from_the_disk_as_it_was_written(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the backbone's own dtype, bit by bit."""
-    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    rows = rows_of(causal, LATE)
-    with prepared(causal, rows) as kept:
-        wanted = dict(kept._memory)
-    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
-    with prepared(causal, rows, disk_bytes=1 << 40) as cache:
-        found = cache.find(wanted)
-        assert not cache.memory_bytes
-    assert {part.dtype for part in found.values()} == {torch.bfloat16}
-    assert all(torch.equal(found[ids], part) for ids, part in wanted.items())
 
 
 def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:

@@ -42,13 +42,6 @@ def test_what_a_launcher_left_in_the_environment_is_named(
     assert processes().num_processes == 1
 
 
-@pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("name", ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"])
-def test_settings_of_accelerate_that_are_not_ours_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "x")
-    assert processes().num_processes == 1
-
-
 @pytest.fixture
 def hurried() -> Iterator[None]:
     """Threads take turns a hundred thousand times a second."""

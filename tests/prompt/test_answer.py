@@ -16,7 +16,6 @@ from ptuning.data.questions import as_questions
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
-from ptuning.progress import Progress
 from ptuning.prompt import score as answers
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
@@ -60,14 +59,6 @@ def test_ranks_among_all_tokens_equal_a_plain_loop(backbone: Backbone) -> None:
     examples = bound(backbone, MANUAL).examples(FACTS)
     check_same(found, [expected(backbone, example, range(backbone.vocabulary)) for example in examples])
     assert len({answer.rank for answer in found}) > 1
-
-
-def test_ranks_with_slots_equal_a_plain_loop(backbone: Backbone) -> None:
-    pattern = "[P*2] [X] [P] [Y] ."
-    prompt = Prompt.from_token_ids(pattern, [9, 14, 21], backbone)
-    found = answer_records(PromptModel(backbone), prompt, FACTS, single_token=True)
-    examples = bound(backbone, pattern).examples(FACTS)
-    check_same(found, [expected(backbone, one, range(backbone.vocabulary), [9, 14, 21]) for one in examples])
 
 
 def test_ranks_among_a_closed_set_of_tokens(backbone: Backbone) -> None:
@@ -194,16 +185,6 @@ def test_written_answers_are_compared_as_a_whole_and_not_ranked(backbone: Backbo
     ]
     assert not found[0].hit
     assert found[-1].hit or backbone.kind == "masked"  # a piece of a word is another token than the same word
-
-
-def test_the_order_of_records_is_kept_and_progress_told(causal: Backbone) -> None:
-    told: list[Progress] = []
-    found = answer_records(PromptModel(causal), Prompt.manual(MANUAL), FACTS, single_token=True, report=told.append)
-    turned = answer_records(
-        PromptModel(causal), Prompt.manual(MANUAL), Records(list(reversed(FACTS))), single_token=True
-    )
-    assert [answer.rank for answer in found] == [answer.rank for answer in reversed(turned)]
-    assert (told[-1].stage, told[-1].done, told[-1].total) == ("dev", len(FACTS), len(FACTS))
 
 
 def test_an_unknown_target_is_never_the_answer(masked: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

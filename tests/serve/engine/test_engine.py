@@ -108,23 +108,6 @@ def alike(one: Prediction, other: Prediction) -> None:
     )
 
 
-def test_kept_beginnings_of_prompts_that_differ_in_what_they_learned_alone(
-    causal: Backbone, serve: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tokens behind two blocks of deep slots are the same, and their keys and values are not."""
-    monkeypatch.setattr(beginnings, "MIN_TOKENS", 2)
-    one = replace(deep(causal, "[D*3] The answer for {x} is [Y]", [5, 6, 7]), label_words=front_words())
-    assert one.deep is not None
-    other = replace(one, deep=one.deep.map(lambda tensor: tensor.flip(-1)))
-    rows = [PromptRow(prompt, Question({"x": "Kenya"}), Answering()) for prompt in (one, other)]
-    engine, model = serve(causal, cache_memory=0.01), PromptModel(causal)
-    for _ in range(3):
-        for row, outcome in zip(rows, engine.ask(rows), strict=True):
-            assert outcome.prediction is not None
-            alike(outcome.prediction, model.predict([{"x": "Kenya"}], row.prompt)[0])
-    assert engine.status.kept_texts == 2
-
-
 @pytest.mark.parametrize("share", [0.0, 0.01], ids=["anew", "kept"])
 def test_answers_are_those_of_each_row_alone(
     backbone: Backbone, serve: Callable[..., Engine], share: float, monkeypatch: pytest.MonkeyPatch
