@@ -144,7 +144,7 @@ def steps(backbone: Backbone, settings: Settings, *, slots: int) -> Found:
     ]
     if "peft" not in found:
         return cells, no_answer(MISSING)
-    gap = start_gap(backbone, items[:8], DeepParams(block, bound.layout.lead))
+    gap = start_gap(backbone, items[:8], DeepParams(block, bound.layout.prefix.bos))
     note = f"batch of {batch_size * parts}; log-probabilities before the first step differ by {gap:.0e}"
     say(f"  {note}")
     if gap > MOST_GAP[backbone.dtype]:
@@ -154,7 +154,9 @@ def steps(backbone: Backbone, settings: Settings, *, slots: int) -> Found:
 
 def block_at_start(backbone: Backbone, bound: TokenizedTemplate) -> torch.Tensor:
     """Return the keys and values that the deep slots in front of a template start at, (L, 2, K, C, D)."""
-    return prefix_of_tokens(backbone, [token or 0 for token in (*bound.layout.lead_ids, *bound.layout.block_ids)])
+    return prefix_of_tokens(
+        backbone, [token or 0 for token in (*bound.layout.prefix.bos_ids, *bound.layout.prefix.start_ids)]
+    )
 
 
 @torch.no_grad()
@@ -162,8 +164,8 @@ def start_gap(backbone: Backbone, items: list[ScoringRequest], deep: DeepParams)
     """Return the largest difference of a target's log-probability between ptuning and PEFT at the start."""
     learned = PromptBatch.of(torch.zeros(0, backbone.width), deep).to(backbone.device)
     logits = target_logits(backbone, inputs_of(items), learned).log_softmax(-1)  # (N, V)
-    assert deep.block is not None
-    with PrefixPeer(backbone, block=deep.block) as prompt:
+    assert deep.prefix is not None
+    with PrefixPeer(backbone, block=deep.prefix) as prompt:
         theirs, _ = prompt.score(rows_of(items))
     gaps, at = [], 0
     for item, other in zip(items, theirs, strict=True):
@@ -183,7 +185,7 @@ def late(backbone: Backbone, settings: Settings) -> Found:
     epochs = settings.pick(6, 3)
     batch_size, parts = passes(rows, length)
     bound = bind(backbone, LATE)
-    slots = len(bound.layout.deep_slots)
+    slots = len(bound.layout.offset_slots)
     block = prefix_of_tokens(backbone, backbone.tokenizer.encode([ENDING])[0][:slots])
 
     def ours(number: int) -> float:

@@ -64,8 +64,8 @@ def retention(model: PromptModel, prompt: Prompt, *, sentences: Sequence[str] | 
     backbone = model.for_prompt(prompt).backbone
     prompt.bind(backbone, force=model.force)  # checks that it fits
     deep, slots = prompt.deep, ""
-    if deep is not None and deep.in_front:
-        slots = f"[D*{deep.in_front}]"
+    if deep is not None and deep.prefix_slots:
+        slots = f"[D*{deep.prefix_slots}]"
     if prompt.slots:
         slots += f"[{'P' if deep is None or slots else 'D'}*{prompt.slots}]"
     nats, counts = _nats(backbone, replace(prompt, template=Template.parse(slots + SENTENCE)), records)
@@ -77,7 +77,7 @@ def retention(model: PromptModel, prompt: Prompt, *, sentences: Sequence[str] | 
 @torch.no_grad()
 def _nats(backbone: Backbone, prompt: Prompt, records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Return the negative log-likelihood of each sentence, and its number of tokens."""
-    block = prompt.deep is not None and prompt.deep.block is not None
+    block = prompt.deep is not None and prompt.deep.prefix is not None
     bound = TokenizedTemplate(prompt.template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
     items = target_requests(bound, records, with_stop=False)
     learned = prompt.learned(backbone)

@@ -52,16 +52,16 @@ def start_of(backbone: Backbone, bound: TokenizedTemplate, *, noise: float = 0.0
 
 def tokens_of(bound: TokenizedTemplate, example: Example) -> list[int]:
     """The row with the tokens that its slots start at."""
-    starts = [*bound.layout.lead_ids, *bound.layout.block_ids, *example.token_ids]
+    starts = [*bound.layout.prefix.bos_ids, *bound.layout.prefix.start_ids, *example.token_ids]
     for position, start in zip(example.slot_positions, bound.slot_start_ids, strict=True):
         assert start is not None
-        starts[example.begun + position] = start
+        starts[example.prefix_length + position] = start
     return [token or 0 for token in starts]
 
 
 def whole(example: Example) -> Example:
     """The row with what its prompt brings in front as part of it, for its scored positions."""
-    return replace(example, logit_positions=tuple(example.begun + at for at in example.logit_positions))
+    return replace(example, logit_positions=tuple(example.prefix_length + at for at in example.logit_positions))
 
 
 @every_family
@@ -70,7 +70,7 @@ def test_before_training_a_deep_slot_is_its_token(name: str) -> None:
     for template in templates(backbone):
         for block in {False, backbone.reads_blocks}:
             bound = bind(backbone, template, block=block)
-            assert bool(bound.layout.begun) == block
+            assert bool(bound.layout.prefix.length) == block
             assert backbone.reads_blocks == (name in BLOCKS)
             examples = bound.examples(RECORDS[:3])
             assert len({len(one.token_ids) for one in examples}) > 1, (
@@ -127,7 +127,7 @@ def prompts(backbone: Backbone) -> list[tuple[TokenizedTemplate, PromptBatch]]:
     for pattern in patterns:
         bound = bind(backbone, pattern, block=backbone.reads_blocks)
         own = start_of(backbone, bound, noise=0.2)
-        found.append((bound, own if bound.slots or bound.layout.begun else PromptBatch.none(backbone.width)))
+        found.append((bound, own if bound.slots or bound.layout.prefix.length else PromptBatch.none(backbone.width)))
     return found
 
 
@@ -172,17 +172,17 @@ def test_gradients_of_a_shared_block_are_those_of_repeated_rows(name: str) -> No
     examples, start = bound.examples(RECORDS[:3]), start_of(backbone, bound)
     deep = start.deep[0]
     assert deep is not None
-    assert deep.block is not None
+    assert deep.prefix is not None
 
     def gradient(learned: PromptBatch, block: Tensor) -> Tensor:
         forward_batch(backbone, collate(examples, learned), learned).logits.logsumexp(-1).sum().backward()
         assert block.grad is not None
         return block.grad
 
-    shared = deep.block.clone().requires_grad_(True)
-    one = gradient(PromptBatch.of(start.vectors, replace(deep, block=shared)), shared)
-    own = deep.block.clone().requires_grad_(True)
-    copies = [PromptBatch.of(start.vectors, replace(deep, block=own * 1.0)) for _ in examples]
+    shared = deep.prefix.clone().requires_grad_(True)
+    one = gradient(PromptBatch.of(start.vectors, replace(deep, prefix=shared)), shared)
+    own = deep.prefix.clone().requires_grad_(True)
+    copies = [PromptBatch.of(start.vectors, replace(deep, prefix=own * 1.0)) for _ in examples]
     torch.testing.assert_close(
         one, gradient(PromptBatch.join(copies, rows=range(len(copies))), own), atol=1e-5, rtol=1e-4
     )
@@ -202,10 +202,10 @@ def test_a_row_does_not_read_what_is_hidden_from_it() -> None:
         slot = 1 if block else example.slot_positions[1]
         deep = own.deep[0]
         assert deep is not None
-        if deep.block is not None:
-            moved = deep.block.clone()
-            moved[:, :, :, deep.lead + slot] += 5
-            other = PromptBatch.of(own.vectors, replace(deep, block=moved))
+        if deep.prefix is not None:
+            moved = deep.prefix.clone()
+            moved[:, :, :, deep.bos + slot] += 5
+            other = PromptBatch.of(own.vectors, replace(deep, prefix=moved))
             close(target_logits(backbone, [hidden], other), found[1])
 
 
@@ -228,7 +228,13 @@ def test_parts_of_what_is_learned_belong_to_their_slots() -> None:
     (one, other) = (part.deep[0] for part in (first, rest))
     assert one is not None
     assert other is not None
-    assert (one.slots, other.slots, one.in_front, other.in_front, other.count) == ((0,), (0, 1), 2, 0, 2)
+    assert (one.offset_slots, other.offset_slots, one.prefix_slots, other.prefix_slots, other.count) == (
+        (0,),
+        (0, 1),
+        2,
+        0,
+        2,
+    )
     assert first.vectors[:, 0].tolist() == [0.0, 1.0]
     assert other.offsets is not None
     assert other.offsets[:, 0, 0].tolist() == [1.0, 2.0]

@@ -91,26 +91,26 @@ def test_deep_slots_go_to_peft_and_come_back(tied: bool, tmp_path: Path) -> None
     backbone = reserving(tied=tied)
     prompt = Prompt.from_token_ids("[D*3] The city {x} is [Y]", [7, 8, 9], backbone)
     assert prompt.deep is not None
-    assert prompt.deep.block is not None
-    block = prompt.deep.block.clone()
-    slots = block[:, :, :, prompt.deep.lead :]
+    assert prompt.deep.prefix is not None
+    block = prompt.deep.prefix.clone()
+    slots = block[:, :, :, prompt.deep.bos :]
     slots += torch.randn(slots.shape, generator=torch.Generator().manual_seed(0))
-    prompt = replace(prompt, deep=replace(prompt.deep, block=block))
+    prompt = replace(prompt, deep=replace(prompt.deep, prefix=block))
     about = exported(prompt, backbone, tmp_path / "out", "peft")
     model = loaded_by_peft(tmp_path / "out", reserving_model(tied=tied))
     assert model.peft_config["default"].num_virtual_tokens == 3 + len(backbone.tokenizer.prefix_ids) > 3
     assert asked(model, about["example"]) == pytest.approx(ours(prompt, backbone, RECORDS[0]), abs=1e-4)
     back = import_prompt(read_adapter_folder(tmp_path / "out"), prompt.template, backbone).deep
     assert back is not None
-    assert back.block is not None
-    assert torch.equal(back.block, block)
-    assert back.lead == prompt.deep.lead == 1  # type: ignore[union-attr]  # deep, as above
+    assert back.prefix is not None
+    assert torch.equal(back.prefix, block)
+    assert back.bos == prompt.deep.bos == 1  # type: ignore[union-attr]  # deep, as above
     # The tokens that open a text are recognised where a file's numbers were rounded.
     half = replace(prompt, deep=prompt.deep.rounded(torch.bfloat16))  # type: ignore[union-attr]  # deep, as above
     exported(half, backbone, tmp_path / "half", "peft")
     back = import_prompt(read_adapter_folder(tmp_path / "half"), prompt.template, backbone).deep
     assert back is not None
-    assert (back.lead, back.in_front) == (1, 3)
+    assert (back.bos, back.prefix_slots) == (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,10 @@ def test_a_prefix_of_peft_gives_its_logits_on_rows_with_pads(prefix: Path) -> No
     backbone = reserving()
     prompt = import_prompt(read_adapter_folder(prefix), f"[D*{TOKENS}]<s> The city {{x}} is [Y]", backbone)
     assert prompt.deep is not None
-    assert (prompt.deep.in_front, prompt.deep.lead, prompt.slots) == (TOKENS, 0, 0)
+    assert (prompt.deep.prefix_slots, prompt.deep.bos, prompt.slots) == (TOKENS, 0, 0)
     rows = prompt.bind(backbone).examples(RECORDS[:3])
     logits = target_logits(backbone, rows, prompt.learned(backbone))
-    without = target_logits(backbone, [replace(row, begun=0) for row in rows], PromptBatch.none(32))
+    without = target_logits(backbone, [replace(row, prefix_length=0) for row in rows], PromptBatch.none(32))
     assert not torch.allclose(logits, without)
     width = max(len(row.token_ids) for row in rows)
     ids = torch.tensor([[*row.token_ids, *[0] * (width - len(row.token_ids))] for row in rows])

@@ -152,7 +152,7 @@ def templates(draw: Draw, _: Path) -> None:
                 tried(bound.examples, [record])
                 tried(bound.contexts, [record])
         if bound is not None and parsed.has_deep:
-            prompt = tried(Prompt.from_token_ids, parsed, [5] * (bound.layout.in_front + bound.slots), backbone)
+            prompt = tried(Prompt.from_token_ids, parsed, [5] * (bound.layout.prefix.slots + bound.slots), backbone)
             if prompt is not None:
                 tried(PromptModel(backbone).predict, [record], prompt, ["yes", "no"])
 

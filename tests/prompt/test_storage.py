@@ -143,7 +143,11 @@ def deep(causal: Backbone, tmp_path: Path) -> Path:
 
 def test_deep_slots_come_back(causal: Backbone, deep: Path) -> None:
     manifest = json.loads((deep / MANIFEST_FILE).read_text(encoding="utf-8"))
-    assert (manifest["deep"]["slots"], manifest["deep"]["block"], manifest["deep"]["of"]) == (3, 2, [0])
+    assert (manifest["deep"]["slots"], manifest["deep"]["prefix_slots"], manifest["deep"]["offset_slots"]) == (
+        3,
+        2,
+        [0],
+    )
     names = set(safetensors.torch.load_file(deep / VECTORS_FILE))
     layers = causal.deep.layers
     assert names == {VECTORS_KEY} | {f"deep.{at}.{part}" for at in range(layers) for part in ("keys", "values")} | {
@@ -182,12 +186,12 @@ def test_a_prompt_with_deep_slots_of_another_shape_does_not_fit(causal: Backbone
     prompt = Prompt.load(deep)
     assert prompt.deep is not None
     assert prompt.deep.offsets is not None
-    assert prompt.deep.block is not None
+    assert prompt.deep.prefix is not None
     for changes in (
         {"offsets": prompt.deep.offsets.repeat(1, 2, 1)},
-        {"block": prompt.deep.block[1:]},
-        {"block": prompt.deep.block.repeat(1, 1, 2, 1, 1)},
-        {"slots": (0, 1)},
+        {"prefix": prompt.deep.prefix[1:]},
+        {"prefix": prompt.deep.prefix.repeat(1, 1, 2, 1, 1)},
+        {"offset_slots": (0, 1)},
     ):
         with pytest.raises(PromptError, match=r"deep|layers"):
             replace(prompt, deep=replace(prompt.deep, **changes)).bind(causal)
@@ -244,7 +248,7 @@ REQUIRED = [(name, ...) for name, field in Manifest.model_fields.items() if fiel
         ("seed", -1), ("target_tokens", -7), ("target_tokens", "many"), ("scores", {"accuracy": "high"}),
         ("intervals", {"accuracy": [0.5]}), ("task", "COPA"), ("task", {"name": "COPA"}), ("normalise", "max"),
         ("task", {"name": "COPA", "version": "1", "file": "name = 3"}), ("deep", {"layers": 10**15}),
-        ("deep", {"slots": 1, "block": 0, "lead": 0, "of": [0], "layers": 2, "dtype": "int8"}),
+        ("deep", {"slots": 1, "prefix_slots": 0, "bos": 0, "offset_slots": [0], "layers": 2, "dtype": "int8"}),
     ],
 )  # fmt: skip
 def test_a_changed_manifest(saved: Path, key: str, value: object) -> None:

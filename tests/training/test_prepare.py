@@ -114,7 +114,7 @@ def test_examples_as_deep_slots_are_the_examples_in_context(name: str, request: 
     # What a row does not read is its own example and nothing else.
     own = next(item.inputs[0] for item in drawn if item.inputs[0].unread)
     layout = prepared.bound.layout
-    hidden = [layout.every_start_id[layout.places(own.slot_positions).index(place)] for place in own.unread]
+    hidden = [layout.start_ids[layout.places(own.slot_positions).index(place)] for place in own.unread]
     record = prepared.parts["train"][drawn.index(next(item for item in drawn if item.inputs[0] is own))].record
     end = "\n" if backbone.kind == "causal" else ""
     (line,) = backbone.tokenizer.encode([f"The capital of {record['x']} is {record['y']}{end}"])
@@ -137,5 +137,5 @@ def test_deep_slots_without_words_start_at_tokens_of_the_data(causal: Backbone) 
     spec = TrainSpec("[D*3] [X] is [D] [Y]", CAPITALS, dev=CAPITALS)
     bound = prepare(spec, causal).bound
     known = {token for ids in causal.tokenizer.encode([one["x"] for one in CAPITALS]) for token in ids}
-    assert len(bound.layout.every_start_id) == 4
-    assert known.issuperset(bound.layout.every_start_id)
+    assert len(bound.layout.start_ids) == 4
+    assert known.issuperset(bound.layout.start_ids)

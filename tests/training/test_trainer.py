@@ -373,8 +373,8 @@ def test_checkpointing_with_a_block_of_deep_slots_has_the_same_result(causal: Ba
     plain, saved = found
     assert plain is not None
     assert saved is not None
-    assert plain.block is not None
-    assert torch.equal(plain.block, saved.block)  # type: ignore[arg-type]
+    assert plain.prefix is not None
+    assert torch.equal(plain.prefix, saved.prefix)  # type: ignore[arg-type]
 
 
 def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
@@ -388,10 +388,10 @@ def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
     end = found.learner.deep()
     assert start is not None
     assert end is not None
-    assert start.block is not None
-    assert end.block is not None
-    assert torch.equal(start.block[:, 0], end.block[:, 0])
-    assert not torch.equal(start.block[:, 1], end.block[:, 1])
+    assert start.prefix is not None
+    assert end.prefix is not None
+    assert torch.equal(start.prefix[:, 0], end.prefix[:, 0])
+    assert not torch.equal(start.prefix[:, 1], end.prefix[:, 1])
 
 
 @pytest.mark.parametrize("text", ["[D:the city of] [X] is [Y]", "[X] [D:is in] [Y]"])
@@ -403,7 +403,7 @@ def test_deep_slots_start_at_random_where_asked(causal: Backbone, text: str) -> 
         settings = TrainConfig.from_json({**FAST, "deep_start": how, "seed": seed})
         deep = Trainer(causal, filled, config=settings).learner.deep()
         assert deep is not None
-        found = deep.block[:, :, :, deep.lead :] if deep.block is not None else deep.offsets
+        found = deep.prefix[:, :, :, deep.bos :] if deep.prefix is not None else deep.offsets
         assert found is not None
         return found
 

@@ -90,7 +90,7 @@ def collate(examples: Sequence[Example], learned: PromptBatch, *, pad_side: Side
     logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts, encoder)
     hidden = any(example.unread for example in examples)
     for row, example in enumerate(examples) if hidden else ():
-        own_columns = [at - example.begun for at in example.unread if at >= example.begun]
+        own_columns = [at - example.prefix_length for at in example.unread if at >= example.prefix_length]
         mask[row, [at + starts[row] + (split - encoder[row] if at >= encoder[row] else 0) for at in own_columns]] = 0
     table = np.array(offsets, dtype=np.int64)
     begins_with_pads = bool(starts.any())
@@ -106,7 +106,7 @@ def collate(examples: Sequence[Example], learned: PromptBatch, *, pad_side: Side
         counts=tuple(len(example.logit_positions) for example in examples),
         shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, learned),
         encoder_tokens=split,
-        unread=tuple(tuple(at for at in example.unread if at < example.begun) for example in examples)
+        unread=tuple(tuple(at for at in example.unread if at < example.prefix_length) for example in examples)
         if hidden
         else (),
     )
@@ -124,7 +124,7 @@ def shared_tokens(examples: Sequence[Example], learned: PromptBatch | None = Non
         >>> shared_tokens(rows), shared_tokens(rows, two_prompts)
         (2, 1)
     """
-    if any(example.begun or example.unread for example in examples):
+    if any(example.prefix_length or example.unread for example in examples):
         return 0
     first: list[int] = []
     shared: int | None = None

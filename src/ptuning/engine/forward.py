@@ -56,8 +56,8 @@ def past_key_values(
     (L, 2, H, C, D), else those that its prompt has learned. None if there are none.
     """
     parts = list(prefixes)
-    if learned.has_blocks:
-        blocks = learned.blocks(len(parts))
+    if learned.has_prefixes:
+        blocks = learned.prefixes(len(parts))
         converted = {id(block): block.to(backbone.dtype) for block in blocks if block is not None}
         parts = [converted.get(id(block)) if part is None else part for part, block in zip(parts, blocks, strict=True)]
     return None if all(part is None for part in parts) else PastKeyValues.of(parts).hiding(unread)

@@ -310,7 +310,7 @@ def cacheable_ids(example: Example) -> Ids:
     """Return the token ids before the first slot, or before the first scored position in a row without slots; none
     behind what a prompt brings.
     """
-    if example.begun:
+    if example.prefix_length:
         return ()
     return example.token_ids[: min((*example.slot_positions[:1], *example.logit_positions[:1]))]
 

@@ -82,7 +82,7 @@ class ModelRow:
             slots = [position for position in self.example.slot_positions if position < tokens]
             ids = np.array(self.example.token_ids[:tokens], dtype=np.int64)
             ids[slots] = -1 - np.arange(len(slots))
-            is_own = slots or self.example.begun
+            is_own = slots or self.example.prefix_length
             self._keys[tokens] = hashlib.sha256(ids.tobytes() + (self.prompt.digest if is_own else b"")).digest()
         return self._keys[tokens]
 
@@ -96,7 +96,9 @@ class ModelRow:
     def prefix(self, tokens: int) -> tuple[Example, PromptBatch]:
         """Return the prefix as a row of its own, of which the last position is scored: a head may fail on none."""
         slots = tuple(position for position in self.example.slot_positions if position < tokens)
-        example = Example(self.example.token_ids[:tokens], slots, (tokens - 1,), (), 0, begun=self.example.begun)
+        example = Example(
+            self.example.token_ids[:tokens], slots, (tokens - 1,), (), 0, prefix_length=self.example.prefix_length
+        )
         return example, self.prompt.learned.parts(len(slots))[0]
 
 
@@ -109,7 +111,7 @@ def rest_of(rows: Sequence[ModelRow], lengths: Sequence[int]) -> tuple[list[Exam
     for row, length in zip(rows, lengths, strict=True):
         example, part = row.rest(length)
         examples.append(example)
-        key = (row.prompt, len(part.vectors), part.has_blocks)
+        key = (row.prompt, len(part.vectors), part.has_prefixes)
         if key not in number:
             number[key] = len(parts)
             parts.append(part)
@@ -194,7 +196,7 @@ class PrefixStore:
         for at, row in enumerate(rows):
             for size, key in self._prefixes(row):
                 if self._seen.get(key):
-                    columns = output.mask[at].nonzero()[: row.example.begun + size, 0]
+                    columns = output.mask[at].nonzero()[: row.example.prefix_length + size, 0]
                     layers = output.memory.layers
                     part = torch.stack([torch.stack([keys[at], values[at]])[:, :, columns] for keys, values in layers])
                     if part.isfinite().all():

@@ -18,67 +18,67 @@ from ptuning.template.encode import TokenizedTemplate
 
 @dataclass(frozen=True, eq=False)
 class DeepParams:
-    """What deep slots bring to the layers of a backbone.
+    """Parameters of a prompt's deep slots: keys and values before rows (prefix tuning), or offsets in every layer.
 
     Args:
-        block: (L, 2, K, C, D) float32; the keys and values of a block in front of rows, in L layers with K heads: of
-            the ``lead`` tokens that open a text, which are not learned, and of C - ``lead`` deep slots.
-        lead: Number of these tokens.
-        offsets: (N, L - 1, H) float32; what is added in every layer but the first in the columns of N deep slots.
-        slots: Which of the prompt's slots with a vector these N are.
+        prefix: (L, 2, K, C, D) float32; keys and values in L layers with K heads: of ``bos`` tokens that open a text,
+            which are not learned, and of C - ``bos`` deep slots.
+        bos: Number of these tokens.
+        offsets: (N, L - 1, H) float32; added in every layer but the first at the positions of N deep slots in the row.
+        offset_slots: Which of the prompt's slots with a vector these N are.
         dtype: Number format of a file that holds them: the numbers are among those that it has.
     """
 
-    block: Tensor | None = None
-    lead: int = 0
+    prefix: Tensor | None = None
+    bos: int = 0
     offsets: Tensor | None = None
-    slots: tuple[int, ...] = ()
+    offset_slots: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
 
     def rounded(self, dtype: torch.dtype) -> DeepParams:
         """Return the same with the nearest numbers of a number format."""
-        return replace(self.map(lambda one: one.to(dtype).float()), dtype=dtype)
+        return replace(self.map(lambda tensor: tensor.to(dtype).float()), dtype=dtype)
 
-    def parts(self, slots: int) -> tuple[DeepParams, DeepParams]:
-        """Return what belongs to the block and the first slots with a vector, and what belongs to the others."""
-        first = [at for at, slot in enumerate(self.slots) if slot < slots]
-        rest = [at for at, slot in enumerate(self.slots) if slot >= slots]
+    def parts(self, slots: int) -> tuple[DeepParams | None, DeepParams | None]:
+        """Return the parameters of the prefix and the first slots with a vector, and those of the others."""
+        first = [at for at, slot in enumerate(self.offset_slots) if slot < slots]
+        rest = [at for at, slot in enumerate(self.offset_slots) if slot >= slots]
         own = [None if self.offsets is None or not at else self.offsets[at] for at in (first, rest)]
         return (
-            DeepParams(self.block, self.lead, own[0], tuple(self.slots[at] for at in first)),
-            DeepParams(None, 0, own[1], tuple(self.slots[at] - slots for at in rest)),
+            DeepParams(self.prefix, self.bos, own[0], tuple(self.offset_slots[at] for at in first)),
+            DeepParams(None, 0, own[1], tuple(self.offset_slots[at] - slots for at in rest)),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DeepParams:
         """Return the same with its tensors changed."""
-        return replace(self, **{name: change(one) for name, one in self.tensors.items()})  # type: ignore[arg-type]
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors.items()})  # type: ignore[arg-type]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by their names."""
-        found = {"block": self.block, "offsets": self.offsets}
-        return {name: one for name, one in found.items() if one is not None}
+        tensors = {"prefix": self.prefix, "offsets": self.offsets}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
-    def in_front(self) -> int:
-        """Number of deep slots of the block."""
-        return 0 if self.block is None else self.block.shape[3] - self.lead
+    def prefix_slots(self) -> int:
+        """Number of deep slots of the prefix."""
+        return 0 if self.prefix is None else self.prefix.shape[3] - self.bos
 
     @property
     def count(self) -> int:
         """Number of deep slots."""
-        return len(self.slots) + self.in_front
+        return len(self.offset_slots) + self.prefix_slots
 
     def to_json(self) -> dict[str, Json]:
-        """Return what it is without its numbers, for manifests and records."""
-        layers = len(self.block) if self.block is not None else 0
+        """Return the shapes, for manifests and records."""
+        layers = len(self.prefix) if self.prefix is not None else 0
         if self.offsets is not None:
             layers = max(layers, self.offsets.shape[1] + 1)
         return {
             "slots": self.count,
-            "block": self.in_front,
-            "lead": self.lead,
-            "of": list(self.slots),
+            "prefix_slots": self.prefix_slots,
+            "bos": self.bos,
+            "offset_slots": list(self.offset_slots),
             "layers": layers,
             **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
@@ -86,17 +86,17 @@ class DeepParams:
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """What one prompt, or the several prompts of a batch, bring to a pass: all that is learned outside of the backbone.
+    """Learned parameters of one prompt, or of the several prompts of a batch: all that is not in the backbone.
 
     Args:
         vectors: (P, E) float32; the slot vectors of all prompts, one prompt below the other.
         slots: Number of slots of each prompt, adding up to P; read only if there are ``rows``.
         rows: For each row of a batch, which prompt it uses; None if all P vectors are the one prompt of every row.
-        deep: What each prompt's deep slots bring, None without any; empty if no prompt has any.
+        deep: Parameters of each prompt's deep slots, None without any; empty if no prompt has any.
 
     Example:
-        >>> one, two = PromptBatch(torch.zeros(2, 8)), PromptBatch(torch.ones(3, 8))
-        >>> both = PromptBatch.join([one, two], rows=[1, 0, 1])
+        >>> two, three = PromptBatch(torch.zeros(2, 8)), PromptBatch(torch.ones(3, 8))
+        >>> both = PromptBatch.join([two, three], rows=[1, 0, 1])
         >>> both.layout(3), both.take([0, 2]).rows
         (([3, 2, 3], [2, 0, 2]), (1, 1))
     """
@@ -108,78 +108,77 @@ class PromptBatch:
 
     @classmethod
     def of(cls, vectors: Tensor, deep: DeepParams | None) -> PromptBatch:
-        """Return what one prompt brings: (P, E) slot vectors, and its deep slots' part, if it has any."""
+        """Return the parameters of one prompt: (P, E) slot vectors, and its deep slots' part, if it has any."""
         return cls(vectors, deep=() if deep is None else (deep,))
 
     @classmethod
     def none(cls, width: int) -> PromptBatch:
-        """Return what a manual prompt brings to a backbone of width E: no vectors, (0, E)."""
+        """Return those of a manual prompt for a backbone of width E: no vectors, (0, E)."""
         return cls(torch.zeros(0, width))
 
     @classmethod
     def join(cls, prompts: Sequence[PromptBatch], *, rows: Sequence[int]) -> PromptBatch:
-        """Return what several prompts bring to one batch, of whose rows each names its prompt by index."""
+        """Return the parameters of several prompts for one batch, of whose rows each names its prompt by index."""
         if len(prompts) == 1:
             return prompts[0]
-        vectors = torch.cat([one.vectors for one in prompts])  # (P, E)
-        deep = tuple(one.deep[0] if one.deep else None for one in prompts)
-        counts = tuple(len(one.vectors) for one in prompts)
+        vectors = torch.cat([prompt.vectors for prompt in prompts])  # (P, E)
+        deep = tuple(prompt.deep[0] if prompt.deep else None for prompt in prompts)
+        counts = tuple(len(prompt.vectors) for prompt in prompts)
         return cls(vectors, counts, tuple(rows), deep if any(deep) else ())
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> PromptBatch:
+        """Return the same with its tensors changed."""
+        deep = tuple(None if params is None else params.map(change) for params in self.deep)
+        return replace(self, vectors=change(self.vectors), deep=deep)
+
     def apart(self) -> PromptBatch:
-        """Return the same as leaves: gradients end there, instead of going on to what made them."""
-
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().requires_grad_(True)
-
-        deep = tuple(None if one is None else one.map(leaf) for one in self.deep)
-        return replace(self, vectors=leaf(self.vectors), deep=deep)
+        """Return the same as leaves, where gradients end."""
+        return self.map(lambda tensor: tensor.detach().requires_grad_(True))
 
     def to(self, device: torch.device) -> PromptBatch:
         """Return the same on a device."""
-        deep = tuple(None if one is None else one.map(lambda tensor: tensor.to(device)) for one in self.deep)
-        return replace(self, vectors=self.vectors.to(device), deep=deep)
+        return self.map(lambda tensor: tensor.to(device))
 
     def parts(self, slots: int) -> tuple[PromptBatch, PromptBatch]:
-        """Return what one prompt brings to its first slots with a vector and in front of them, and what to the rest."""
+        """Return one prompt's parameters of the prefix and of the first slots with a vector, and those of the rest."""
         first, rest = self.deep[0].parts(slots) if self.deep and self.deep[0] is not None else (None, None)
         return PromptBatch.of(self.vectors[:slots], first), PromptBatch.of(self.vectors[slots:], rest)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is learned."""
-        return [self.vectors, *(tensor for one in self.deep if one is not None for tensor in one.tensors.values())]
+        """All learned tensors."""
+        return [self.vectors, *(each for params in self.deep if params is not None for each in params.tensors.values())]
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether rows of a prompt stand behind keys and values that it brings."""
-        return any(one is not None and one.block is not None for one in self.deep)
+    def has_prefixes(self) -> bool:
+        """Whether a prompt has learned keys and values before its rows."""
+        return any(params is not None and params.prefix is not None for params in self.deep)
 
-    def blocks(self, rows: int) -> list[Tensor | None]:
+    def prefixes(self, rows: int) -> list[Tensor | None]:
         """Return for each of B rows the keys and values before it that its prompt has learned, (L, 2, K, C, D)."""
-        blocks = [None if deep is None else deep.block for deep in self.deep]
-        if not blocks:
+        prefixes = [None if params is None else params.prefix for params in self.deep]
+        if not prefixes:
             return [None] * rows
-        return blocks * rows if self.rows is None else [blocks[owner] for owner in self.rows]
+        return prefixes * rows if self.rows is None else [prefixes[owner] for owner in self.rows]
 
     def offsets(self) -> tuple[Tensor, Tensor] | None:
-        """Return what deep slots add, (N, L - 1, H), and for each of the P slots its row there, (P,) int64, -1 for one
-        that is not deep; None if no prompt has such slots.
+        """Return the offsets of deep slots, (N, L - 1, H), and for each of the P slots its row there, (P,) int64, -1
+        for one without; None if no prompt has such slots.
         """
-        tables = [one.offsets for one in self.deep if one is not None and one.offsets is not None]
-        if not tables:
-            return None
+        tables: list[Tensor] = []
         place = torch.full((len(self.vectors),), -1, dtype=torch.int64)
         start = number = 0
-        for one, slots in zip(self.deep, self.slots or (len(self.vectors),), strict=True):
-            if one is not None and one.offsets is not None:
-                place[[start + slot for slot in one.slots]] = torch.arange(number, number + len(one.slots))
-                number += len(one.slots)
+        for params, slots in zip(self.deep, self.slots or (len(self.vectors),), strict=False):
+            if params is not None and params.offsets is not None:
+                count = len(params.offset_slots)
+                place[[start + slot for slot in params.offset_slots]] = torch.arange(number, number + count)
+                tables.append(params.offsets)
+                number += count
             start += slots
-        return torch.cat(tables), place.to(tables[0].device)
+        return (torch.cat(tables), place.to(tables[0].device)) if tables else None
 
     def take(self, rows: Sequence[int]) -> PromptBatch:
-        """Return the same for a batch of other rows, each given by the index of a row of this one."""
+        """Return the parameters for a batch of other rows, each given by the index of a row of this one."""
         return self if self.rows is None else replace(self, rows=tuple(self.rows[row] for row in rows))
 
     def layout(self, rows: int) -> tuple[list[int], list[int]]:
@@ -190,7 +189,7 @@ class PromptBatch:
         return [self.slots[prompt] for prompt in self.rows], [starts[prompt] for prompt in self.rows]
 
 
-# Tokens whose run shows what the layers of a backbone usually read.
+# Number of random tokens by which the usual size of layer inputs is measured.
 ORDINARY_TOKENS = 32
 
 
@@ -205,7 +204,7 @@ def prefix_of_tokens(backbone: Backbone, token_ids: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def layer_input_rms(backbone: Backbone, generator: torch.Generator) -> Tensor:
-    """Return the root mean square of what each layer but the first reads of an ordinary token, (L - 1,): the median
+    """Return the root mean square of each layer's input but the first's at an ordinary token, (L - 1,): the median
     over drawn tokens, since the first ones of a row are far from ordinary in some models.
     """
     layers, count = backbone.deep.layers, min(ORDINARY_TOKENS, backbone.tokenizer.max_tokens)
@@ -231,49 +230,49 @@ def layer_input_rms(backbone: Backbone, generator: torch.Generator) -> Tensor:
 def initial_deep_params(
     backbone: Backbone, bound: TokenizedTemplate, *, generator: torch.Generator, random: bool = False
 ) -> tuple[DeepParams, dict[str, Tensor]] | None:
-    """Return what the deep slots of a template start at, and the reach of each layer; None without deep slots.
+    """Return the initial parameters of a template's deep slots, and the reach of each layer; None without deep slots.
 
-    A block is what its tokens are in every layer of the frozen backbone; other deep slots add nothing yet, so that they
-    are the tokens that their vectors start at. With ``random`` both are standard normal numbers instead.
+    A prefix holds its tokens' keys and values in the frozen backbone; offsets are zero, so that slots are the tokens
+    that their vectors start at. With ``random`` both are standard normal numbers instead.
     """
     layout = bound.layout
-    slots = layout.deep_slots
-    if not (layout.block_ids or slots):
+    if not (layout.prefix.slots or layout.offset_slots):
         return None
-    block = offsets = None
-    reach: dict[str, Tensor] = {}
-    if layout.block_ids:
-        ids = [token or 0 for token in (*layout.lead_ids, *layout.block_ids)]
-        block = prefix_of_tokens(backbone, ids)  # (L, 2, K, C, D)
-        sizes = block[:, :, :, layout.lead :].square().mean(dim=(2, 4)).sqrt()  # (L, 2, C)
-        reach["block"] = sizes.median(dim=2).values
-    if slots:
+    prefix = offsets = None
+    bos, reach = layout.prefix.bos, dict[str, Tensor]()
+    if layout.prefix.slots:
+        prefix = prefix_of_tokens(
+            backbone, [token or 0 for token in (*layout.prefix.bos_ids, *layout.prefix.start_ids)]
+        )
+        sizes = prefix[:, :, :, bos:].square().mean(dim=(2, 4)).sqrt()  # (L, 2, C)
+        reach["prefix"] = sizes.median(dim=2).values
+    if layout.offset_slots:
         layers, width = backbone.deep
-        offsets = torch.zeros(len(slots), layers - 1, width)
+        offsets = torch.zeros(len(layout.offset_slots), layers - 1, width)
         reach["offsets"] = layer_input_rms(backbone, generator)
     if random:
-        for drawn in (block[:, :, :, layout.lead :] if block is not None else None, offsets):
-            if drawn is not None:
-                drawn.normal_(generator=generator)
-    return DeepParams(block, layout.lead, offsets, slots), reach
+        for learned in (prefix[:, :, :, bos:] if prefix is not None else None, offsets):
+            if learned is not None:
+                learned.normal_(generator=generator)
+    return DeepParams(prefix, bos, offsets, layout.offset_slots), reach
 
 
 def check_deep_params(deep: DeepParams, bound: TokenizedTemplate, backbone: Backbone) -> None:
-    """Raise a PromptError if what deep slots bring does not fit a template or a backbone."""
-    layout, own = bound.layout, (deep.in_front, deep.lead, deep.slots)
-    if own != (layout.in_front, layout.lead, layout.deep_slots):
+    """Raise a PromptError if the parameters of deep slots do not fit a template or a backbone."""
+    layout = bound.layout
+    expected = (layout.prefix.slots, layout.prefix.bos, layout.offset_slots)
+    if (deep.prefix_slots, deep.bos, deep.offset_slots) != expected:
         raise PromptError(
-            f"the template '{bound.template}' has {layout.in_front} deep slots in front and {len(layout.deep_slots)} "
-            f"elsewhere with this tokenizer, and the prompt has {deep.in_front} and {len(deep.slots)}"
+            f"the template '{bound.template}' has {expected[0]} deep slots at its front and {len(expected[2])} "
+            f"elsewhere with this tokenizer, and the prompt has {deep.prefix_slots} and {len(deep.offset_slots)}"
         )
-    if deep.block is not None:
-        layers, _, heads, _, width = deep.block.shape
-        theirs, read = BlockShape(layers, heads, width), backbone.block_shape
-        if theirs != read:
-            none = f"reads none there; they are of {theirs}"
+    if deep.prefix is not None:
+        layers, _, heads, _, width = deep.prefix.shape
+        shape, expected_shape = BlockShape(layers, heads, width), backbone.block_shape
+        if shape != expected_shape:
             raise PromptError(
-                f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' "
-                + (none if read is None else f"has {read}, where theirs are of {theirs}")
+                f"the prompt's deep slots are keys and values of {shape} before rows, and '{backbone.name}' takes "
+                + ("none there" if expected_shape is None else f"those of {expected_shape}")
             )
     if deep.offsets is not None and tuple(deep.offsets.shape[1:]) != (backbone.deep.layers - 1, backbone.deep.width):
         raise PromptError(

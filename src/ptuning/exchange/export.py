@@ -103,7 +103,7 @@ def _card(kind: str, source: ExportSource, result: ExportResult, comparison: Com
         f"| format | {kind}: {FORMATS[kind]} |",
         f"| template | {in_cell(str(prompt.template))} |",
         f"| backbone | {in_cell(backbone.name)}, fingerprint `{backbone.fingerprint}` |",
-        f"| slots | {prompt.every_slot} |",
+        f"| slots | {prompt.total_slots} |",
         f"| largest difference of a log-probability | {comparison.largest:.2g}, n = {source.records} records of "
         f"{source.data}, {backbone.loaded['dtype']} |",
     ]

@@ -133,9 +133,13 @@ def import_prompt(
     record = {name: name for name in parsed.fields}
     row = bound.contexts([record])[0]
     if deep is not None:
-        has_bos, rest, vectors = bool(deep.lead), row.token_ids, torch.zeros(0, backbone.width)
+        has_bos, rest, vectors = bool(deep.bos), row.token_ids, torch.zeros(0, backbone.width)
         layout = bound.layout
-        is_same = (layout.in_front, len(layout.slot_start_ids), layout.lead) == (deep.in_front, 0, deep.lead)
+        is_same = (layout.prefix.slots, len(layout.slot_start_ids), layout.prefix.bos) == (
+            deep.prefix_slots,
+            0,
+            deep.bos,
+        )
     else:
         has_bos = bound.slots == number - len(bos) and _begins_with_bos(adapter.vectors, backbone)
         skipped = len(bos) if has_bos else 0

@@ -93,12 +93,12 @@ def check_virtual_tokens(prompt: Prompt) -> None:
     pieces = prompt.template.pieces
     fields = [at for at, piece in enumerate(pieces) if isinstance(piece, Field)]
     slots = [at for at, piece in enumerate(pieces) if isinstance(piece, Slots | TextSlots)]
-    if prompt.deep is not None and slots == [0] and prompt.deep.block is None:
+    if prompt.deep is not None and slots == [0] and prompt.deep.prefix is None:
         raise ExchangeError(
             f"the deep slots of '{prompt.template}' are added to the inputs of layers, as its model takes no keys and "
             "values as a prefix, and PEFT holds only those; no other template helps"
         )
-    if prompt.deep is not None and (prompt.deep.block is None or prompt.deep.slots or prompt.slots):
+    if prompt.deep is not None and (prompt.deep.prefix is None or prompt.deep.offset_slots or prompt.slots):
         raise ExchangeError(
             "PEFT holds deep slots only as keys and values before a text, and the template "
             f"'{prompt.template}' has other slots as well; train one with [D] first and no other slots (method "
@@ -120,10 +120,12 @@ def write_virtual_tokens(source: ExportSource, folder: Path) -> ExportResult:
     _check_rest(source, taken)
     config: dict[str, Json] = {"num_transformer_submodules": 1}
     if deep is not None:
-        assert deep.block is not None
-        layers, _, heads, columns, width = deep.block.shape
-        about = f"{columns} virtual tokens in every layer: {deep.in_front} deep slots, and the tokens that open a text."
-        vectors = deep.block.permute(3, 0, 1, 2, 4).reshape(columns, -1)
+        assert deep.prefix is not None
+        layers, _, heads, columns, width = deep.prefix.shape
+        about = (
+            f"{columns} virtual tokens in every layer: {deep.prefix_slots} deep slots, and the tokens that open a text."
+        )
+        vectors = deep.prefix.permute(3, 0, 1, 2, 4).reshape(columns, -1)
         config |= {
             "peft_type": "PREFIX_TUNING",
             "num_virtual_tokens": columns,

@@ -152,19 +152,19 @@ def _deep_views(prompt: Prompt, bound: TokenizedTemplate, backbone: Backbone) ->
         token = None if start is None else backbone.tokenizer.token(start)
         found.append(DeepView(token, where, share, None if layer is None else layer + (1 if where == "front" else 2)))
 
-    starts = (*bound.layout.lead_ids, *bound.layout.block_ids)
-    if deep.block is not None:
+    starts = (*bound.layout.prefix.bos_ids, *bound.layout.prefix.start_ids)
+    if deep.prefix is not None:
         known = [token for token in starts if token is not None]
         before = prefix_of_tokens(backbone, known) if len(known) == len(starts) else None  # (L, 2, K, C, D)
-        for at in range(deep.lead, len(starts)):
+        for at in range(deep.bos, len(starts)):
             moved = None
             if before is not None:
-                change = (deep.block - before)[:, :, :, at].flatten(1).norm(dim=1)  # (L,)
+                change = (deep.prefix - before)[:, :, :, at].flatten(1).norm(dim=1)  # (L,)
                 moved = change / before[:, :, :, at].flatten(1).norm(dim=1)
             view(starts[at], "front", moved)
     if deep.offsets is not None:
         usual = layer_input_rms(backbone, torch.Generator().manual_seed(0))  # (L - 1,)
-        for slot, offsets in zip(deep.slots, deep.offsets, strict=True):
+        for slot, offsets in zip(deep.offset_slots, deep.offsets, strict=True):
             view(bound.slot_start_ids[slot], "row", offsets.square().mean(dim=1).sqrt() / usual)
     return tuple(found)
 

@@ -155,7 +155,7 @@ class Prompt:
         parsed = as_template(template)
         block = parsed.has_deep and backbone.reads_blocks
         bound = TokenizedTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
-        in_front = bound.layout.in_front
+        in_front = bound.layout.prefix.slots
         slots = in_front + bound.slots
         if len(slot_token_ids) != slots:
             raise PromptError(
@@ -183,9 +183,9 @@ class Prompt:
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
 
     @property
-    def every_slot(self) -> int:
+    def total_slots(self) -> int:
         """Number of slots, those of a block of deep slots in front included."""
-        return self.slots + (self.deep.in_front if self.deep is not None else 0)
+        return self.slots + (self.deep.prefix_slots if self.deep is not None else 0)
 
     @property
     def answer_space(self) -> AnswerSpace:
@@ -232,7 +232,7 @@ class Prompt:
             kind=backbone.kind,
             multiline=self.multiline,
             max_length=self.max_length,
-            block=self.deep is not None and self.deep.block is not None,
+            block=self.deep is not None and self.deep.prefix is not None,
         )
         if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(

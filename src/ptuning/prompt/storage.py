@@ -137,9 +137,9 @@ class DeepEntry(FileModel):
     """Deep slots in a manifest (:meth:`ptuning.engine.soft_prompt.DeepParams.to_json`)."""
 
     slots: WholeNumber
-    block: WholeNumber = Field(ge=0)
-    lead: WholeNumber = Field(ge=0)
-    of: tuple[Annotated[WholeNumber, Field(ge=0)], ...]
+    prefix_slots: WholeNumber = Field(ge=0)
+    bos: WholeNumber = Field(ge=0)
+    offset_slots: tuple[Annotated[WholeNumber, Field(ge=0)], ...]
     layers: int = Field(ge=1, le=10_000)
     dtype: DeepDtype = "float32"
 
@@ -311,9 +311,9 @@ def _read(where: Path) -> Stored:
     except (safetensors.SafetensorError, ValueError) as error:
         raise PromptError(f"{file} is not a whole safetensors file ({error}); it is damaged") from error
     expected, deep = {VECTORS_KEY}, manifest.deep
-    if deep is not None and deep.block:
+    if deep is not None and deep.prefix_slots:
         expected |= {f"deep.{layer}.{part}" for layer in range(deep.layers) for part in ("keys", "values")}
-    if deep is not None and deep.of:
+    if deep is not None and deep.offset_slots:
         expected |= {f"deep.{layer}.inputs" for layer in range(1, deep.layers)}
     if wrong := sorted(expected ^ set(tensors)):
         raise PromptError(
@@ -332,7 +332,7 @@ def _read(where: Path) -> Stored:
 def _deep_tensors(deep: DeepParams) -> dict[str, Tensor]:
     """Return what deep slots bring as a file holds it: tensors of their own for each layer, counted from 0."""
     tensors: dict[str, Tensor] = {}
-    for layer, (keys, values) in enumerate(deep.block if deep.block is not None else ()):
+    for layer, (keys, values) in enumerate(deep.prefix if deep.prefix is not None else ()):
         tensors |= {f"deep.{layer}.keys": keys, f"deep.{layer}.values": values}  # (K, C, D)
     if deep.offsets is not None:
         for layer, offsets in enumerate(deep.offsets.unbind(dim=1), start=1):
@@ -346,20 +346,20 @@ def _read_deep(tensors: Mapping[str, Tensor], entry: DeepEntry, where: Path) -> 
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise PromptError(f"{where}: '{name}' is {tensor.dtype}, and {MANIFEST_FILE} says {entry.dtype}")
-    block = offsets = None
+    prefix = offsets = None
     try:
-        if entry.block:
+        if entry.prefix_slots:
             pairs = [[tensors[f"deep.{layer}.{part}"] for part in ("keys", "values")] for layer in range(entry.layers)]
-            block = torch.stack([torch.stack(pair) for pair in pairs]).float()  # (L, 2, K, C, D)
-        if entry.of:
+            prefix = torch.stack([torch.stack(pair) for pair in pairs]).float()  # (L, 2, K, C, D)
+        if entry.offset_slots:
             offsets = torch.stack([tensors[f"deep.{layer}.inputs"] for layer in range(1, entry.layers)], dim=1).float()
     except RuntimeError as error:
         raise PromptError(f"{where}: the tensors of different layers do not fit each other ({error})") from error
-    if (block is not None and (block.ndim, block.shape[3]) != (5, entry.lead + entry.block)) or (
-        offsets is not None and (offsets.ndim, len(offsets)) != (3, len(entry.of))
+    if (prefix is not None and (prefix.ndim, prefix.shape[3]) != (5, entry.bos + entry.prefix_slots)) or (
+        offsets is not None and (offsets.ndim, len(offsets)) != (3, len(entry.offset_slots))
     ):
         raise PromptError(f"{where}: the vectors in the layers have another shape than {MANIFEST_FILE} says")
-    return DeepParams(block, entry.lead, offsets, entry.of, dtype)
+    return DeepParams(prefix, entry.bos, offsets, entry.offset_slots, dtype)
 
 
 def in_cell(text: str) -> str:

@@ -71,8 +71,8 @@ class Example:
         encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
         known: Whether the tokenizer knows the target (:func:`~ptuning.template.ambiguity.is_known`); one without any
             tokens is replaced by an unknown token.
-        begun: Number of tokens and slots before ``token_ids`` of which the prompt brings keys and values: its
-            block of deep slots, and the tokens that open a text.
+        prefix_length: Number of tokens and slots before ``token_ids`` of which the prompt brings keys and values
+            (:class:`PrefixLayout`).
         unread: Which of these, counted from the row's beginning, this row does not read.
         turns_left_out: How many turns of a conversation were left out to fit.
         named_end: Whether the template names what the target ends with.
@@ -86,7 +86,7 @@ class Example:
     shortened: bool = False
     encoder_tokens: int = 0
     known: bool = True
-    begun: int = 0
+    prefix_length: int = 0
     unread: Ids = ()
     turns_left_out: int = 0
     named_end: bool = False
@@ -94,7 +94,7 @@ class Example:
     @property
     def length(self) -> int:
         """Number of tokens and slots of the whole row."""
-        return self.begun + len(self.token_ids)
+        return self.prefix_length + len(self.token_ids)
 
 
 StartIds = tuple[int | None, ...]
@@ -112,64 +112,76 @@ class PlacedSlots:
 
 
 @dataclass(frozen=True)
+class PrefixLayout:
+    """Deep slots at the front of a template, whose keys and values a prompt brings: they are no part of rows.
+
+    Args:
+        bos_ids: The tokens before them, which open a text; none without such slots.
+        start_ids: The tokens that the slots start at; None for one of the data's.
+    """
+
+    bos_ids: Ids = ()
+    start_ids: StartIds = ()
+
+    @property
+    def bos(self) -> int:
+        """Number of tokens before the slots."""
+        return len(self.bos_ids)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return len(self.start_ids)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens and slots before a row."""
+        return self.bos + self.slots
+
+
+@dataclass(frozen=True)
 class SlotLayout:
     """The slots of a template.
 
     Args:
-        lead_ids: The tokens before the block, which open a text; none without a block.
-        block_ids: The tokens that the block's deep slots start at; None for one of the data's. These slots are at the
-            very front and are no part of rows: the prompt brings their keys and values.
+        prefix: Those with keys and values before rows.
         slot_start_ids: The tokens that the other slots start at, in template order; None for a random start.
-        deep_slots: Which of these are deep, by their index.
+        offset_slots: Which of these are deep, by their index: they have offsets in every layer.
     """
 
-    lead_ids: Ids
-    block_ids: StartIds
+    prefix: PrefixLayout
     slot_start_ids: StartIds
-    deep_slots: Ids
+    offset_slots: Ids
 
     @classmethod
-    def of(cls, pieces: Sequence[object], prefix_ids: Ids, *, block: bool) -> SlotLayout:
-        """Return the layout of a template's pieces; with ``block``, deep slots at the front form one."""
+    def of(cls, pieces: Sequence[object], bos_ids: Ids, *, block: bool) -> SlotLayout:
+        """Return the layout of a template's pieces; with ``block``, deep slots at the front are a prefix."""
         front = _front(pieces) if block else 0
         every = [piece for piece in pieces if isinstance(piece, PlacedSlots)]
         own = [(start, piece.deep) for piece in every[front:] for start in piece.start_ids]
+        prefix = PrefixLayout(bos_ids, tuple(start for piece in every[:front] for start in piece.start_ids))
         return cls(
-            prefix_ids if front else (),
-            tuple(start for piece in every[:front] for start in piece.start_ids),
+            prefix if front else PrefixLayout(),
             tuple(start for start, _ in own),
             tuple(index for index, (_, is_deep) in enumerate(own) if is_deep),
         )
 
     @property
-    def begun(self) -> int:
-        """Number of tokens and slots before a row: the block's, and those that open a text."""
-        return len(self.lead_ids) + len(self.block_ids)
-
-    @property
-    def lead(self) -> int:
-        """Number of tokens before the block's first slot."""
-        return len(self.lead_ids)
-
-    @property
-    def in_front(self) -> int:
-        """Number of deep slots of the block."""
-        return len(self.block_ids)
-
-    @property
-    def every_start_id(self) -> StartIds:
-        """What all slots start at, in template order, those of the block included."""
-        return (*self.block_ids, *self.slot_start_ids)
+    def start_ids(self) -> StartIds:
+        """The tokens that all slots start at, in template order, those of the prefix included."""
+        return (*self.prefix.start_ids, *self.slot_start_ids)
 
     def filled_up(self, tokens: Iterator[int]) -> StartIds:
         """Return what all slots start at, with the next of some tokens for each deep slot that has none."""
-        deep = {*range(self.in_front), *(self.in_front + slot for slot in self.deep_slots)}
-        starts = enumerate(self.every_start_id)
+        slots = self.prefix.slots
+        deep = {*range(slots), *(slots + slot for slot in self.offset_slots)}
+        starts = enumerate(self.start_ids)
         return tuple(next(tokens) if start is None and index in deep else start for index, start in starts)
 
     def places(self, slot_positions: Sequence[int]) -> list[int]:
         """Return where all slots are in a row with these positions of its own slots."""
-        return [*range(self.lead, self.begun), *(self.begun + position for position in slot_positions)]
+        length = self.prefix.length
+        return [*range(self.prefix.bos, length), *(length + position for position in slot_positions)]
 
 
 class TooLongError(TemplateError, RecordError):
@@ -199,7 +211,7 @@ class TokenizedTemplate:
     targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break there
     anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's limit
     or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the prompt
-    brings their keys and values (:attr:`Example.begun`). Raises a TemplateError if the words of ``[P:words]`` have no
+    brings their keys and values (:class:`PrefixLayout`). Raises a TemplateError if the words of ``[P:words]`` have no
     tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
     """
 
@@ -276,7 +288,7 @@ class TokenizedTemplate:
             else piece
             for piece in self._pieces
         )
-        other.layout = other._lay_out(block=bool(self.layout.begun))
+        other.layout = other._lay_out(block=bool(self.layout.prefix.length))
         return other
 
     def slots_of_lines(self, piece: int, lines: Sequence[str]) -> list[range]:
@@ -357,7 +369,7 @@ class TokenizedTemplate:
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None, with_stop=bool(self._end.markup))
         limit = self._limit([row]) if self._build([[row]])[0].shortened else None
-        starts = iter(self.layout.every_start_id)
+        starts = iter(self.layout.start_ids)
         written = "".join(piece.text for piece in self._read.pieces if isinstance(piece, Literal))
         special = self.tokenizer.special_ids.items()
         markup = {index for name, index in special if index != self.tokenizer.unknown_id or name in written}
@@ -559,7 +571,7 @@ class TokenizedTemplate:
                 positions = range(len(ids), len(ids) + (own or row.target_tokens))
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
-            if len(ids) <= self.layout.begun:
+            if len(ids) <= self.layout.prefix.length:
                 message = "a causal model needs something before [Y]; put text, a field or a slot there"
                 raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and end is not None:
@@ -569,16 +581,16 @@ class TokenizedTemplate:
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
-        begun = self.layout.begun  # none of an encoder-decoder model's
+        prefix = self.layout.prefix.length  # none of an encoder-decoder model's
         return Example(
-            tuple(ids[begun:]),
-            tuple(position - begun for position in slots if position >= begun),
-            tuple(position - begun for position in positions),
+            tuple(ids[prefix:]),
+            tuple(position - prefix for position in slots if position >= prefix),
+            tuple(position - prefix for position in positions),
             target_ids,
             own,
             encoder_tokens=encoder_tokens,
             known=known,
-            begun=begun,
+            prefix_length=prefix,
             named_end=end is not None,
         )
 
@@ -607,7 +619,7 @@ class TokenizedTemplate:
         if not self._fits(row, bare):
             kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
             raise TooLongError(
-                f"{row.where} does not fit: slots ({self.slots + self.layout.in_front}), literal text, target "
+                f"{row.where} does not fit: slots ({self.slots + self.layout.prefix.slots}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
                 f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {bare.length} tokens, and "
                 f"a row has room for {self.max_length} (max_length, or what the model reads)"

@@ -184,11 +184,13 @@ class DeepEncoder(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.kind, self.lead, self.slots = kind, start.lead, start.slots
-        if start.block is not None:
-            self._add("block", start.block.permute(3, 0, 1, 2, 4), reach["block"][:, :, None, None])  # (C, L, 2, K, D)
+        self.kind, self.bos, self.offset_slots = kind, start.bos, start.offset_slots
+        if start.prefix is not None:
+            self._add(
+                "prefix", start.prefix.permute(3, 0, 1, 2, 4), reach["prefix"][:, :, None, None]
+            )  # (C, L, 2, K, D)
             if values_only:
-                self.block_reach[:, 0] = 0.0
+                self.prefix_reach[:, 0] = 0.0
         if start.offsets is not None:
             self._add("offsets", start.offsets, reach["offsets"][:, None])  # (N, L - 1, H)
         for name, at in self._parts().items():
@@ -203,7 +205,7 @@ class DeepEncoder(nn.Module):
             self.register_parameter(f"{name}_first", nn.Parameter(first))
             self.register_parameter(f"{name}_last", nn.Parameter(torch.zeros(numbers, middle)))
 
-    block_reach: Tensor
+    prefix_reach: Tensor
 
     def _add(self, name: str, start: Tensor, reach: Tensor) -> None:
         self.register_buffer(f"{name}_start", start.detach().float().clone())
@@ -211,10 +213,10 @@ class DeepEncoder(nn.Module):
 
     def _parts(self) -> dict[str, Tensor]:
         """Return the learned tensors by name, a slot in each row, as they start."""
-        block = {"block": self.block_start[self.lead :]} if hasattr(self, "block_start") else {}
-        return block | ({"offsets": self.offsets_start} if hasattr(self, "offsets_start") else {})
+        prefix = {"prefix": self.prefix_start[self.bos :]} if hasattr(self, "prefix_start") else {}
+        return prefix | ({"offsets": self.offsets_start} if hasattr(self, "offsets_start") else {})
 
-    block_start: Tensor
+    prefix_start: Tensor
     offsets_start: Tensor
 
     def forward(self) -> DeepParams:
@@ -223,10 +225,10 @@ class DeepEncoder(nn.Module):
             name: start + getattr(self, f"{name}_reach") * self._moved(name).view(start.shape)
             for name, start in self._parts().items()
         }
-        block = parts.get("block")
-        if block is not None:
-            block = torch.cat([self.block_start[: self.lead], block]).permute(1, 2, 3, 0, 4)  # (L, 2, K, C, D)
-        return DeepParams(block, self.lead, parts.get("offsets"), self.slots)
+        prefix = parts.get("prefix")
+        if prefix is not None:
+            prefix = torch.cat([self.prefix_start[: self.bos], prefix]).permute(1, 2, 3, 0, 4)  # (L, 2, K, C, D)
+        return DeepParams(prefix, self.bos, parts.get("offsets"), self.offset_slots)
 
     def _moved(self, name: str) -> Tensor:
         if self.kind == "none":

@@ -212,7 +212,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
         epochs=config.epochs,
         starts=config.num_restarts,
         longest_pass=max(passes(longest_step), key=lambda shape: shape[0] * shape[1]),
-        deep_in_front=run.prepared.bound.layout.in_front,
+        deep_in_front=run.prepared.bound.layout.prefix.slots,
         memory={**memory, **sums},
         seconds={
             "preparing": made - began,

@@ -113,7 +113,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         config.train_backbone,
         has_slots=template.has_input_slots,
         has_deep=template.has_deep,
-        has_block=bool(bound.layout.in_front),
+        has_block=bool(bound.layout.prefix.slots),
         has_examples=shown is not None,
         has_dev=spec.dev is not None,
         uses_cache=config.cache_memory > 0,
@@ -368,9 +368,9 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
         max_length=config.max_length,
         block=backbone.reads_blocks if template.has_deep else False,
     )
-    if bound.layout.deep_slots:
+    if bound.layout.offset_slots:
         _ = backbone.deep  # says so, if the layers of the model take no vectors
-    if template.has_slots and not (bound.slots or bound.layout.begun):
+    if template.has_slots and not (bound.slots or bound.layout.prefix.length):
         raise TemplateError(
             f"all slots of '{template}' come after [Y], where a model that reads from left to right does not see "
             "them; move them in front of it"

@@ -274,13 +274,13 @@ class Chunk:
     def examples(self) -> list[Example]:
         """The rows, each without the columns of the block in front that it does not read in this step."""
         rows, learner = inputs_of(self.items), self.learner
-        if not (learner.config.column_dropout and any(row.begun for row in rows)):
+        if not (learner.config.column_dropout and any(row.prefix_length for row in rows)):
             return rows
-        first = max(1, learner.bound.layout.lead)
+        first = max(1, learner.bound.layout.prefix.bos)
         examples: list[Example] = []
         for place, row in enumerate(rows, start=self.step.number * 65_536 + self.at + self.behind):
             generator = learner.generator("column dropout", place)  # each row draws its own
-            dropped = torch.rand(row.begun, generator=generator)[first:] < learner.config.column_dropout
+            dropped = torch.rand(row.prefix_length, generator=generator)[first:] < learner.config.column_dropout
             columns = (first + dropped.nonzero()[:, 0]).tolist()
             examples.append(replace(row, unread=tuple(sorted({*row.unread, *columns}))))
         return examples
@@ -306,7 +306,7 @@ class Chunk:
     def shares_prefix(self) -> bool:
         """Whether its rows share a prefix that is computed once, so that rows of another prompt cannot join them."""
         rows = self.examples
-        if self.learner.uses_prefix_cache or self.learner.bound.layout.begun:
+        if self.learner.uses_prefix_cache or self.learner.bound.layout.prefix.length:
             return False
         longest = max(len(row.token_ids) for row in rows)
         return shares_prefix(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)

@@ -95,5 +95,5 @@ def import_prompt(
     loaded = load(choice if choice.name is not None else replace(choice, name=adapter.base_model))
     prompt = import_peft.import_prompt(adapter, parsed, loaded, label_words=words)
     prompt.save(out)
-    terminal.heading(f"{out}: {prompt.every_slot} slots, {prompt.method}, for {loaded.name}")
+    terminal.heading(f"{out}: {prompt.total_slots} slots, {prompt.method}, for {loaded.name}")
     terminal.line(f"next: {terminal.program()} eval {out} --data FILE")

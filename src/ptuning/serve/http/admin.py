@@ -124,7 +124,7 @@ def _describe(registry: Registry, served: Served) -> Body:
         "fields": list(prompt.template.fields),
         "labels": list(prompt.label_words.labels) if prompt.label_words else None,
         "task": prompt.task.name if prompt.task else None,
-        "slots": prompt.every_slot,
+        "slots": prompt.total_slots,
         "method": prompt.method,
         "scores": {name: value for name, value in prompt.scores.items() if math.isfinite(value)},
     }

@@ -471,7 +471,7 @@ def _card(service: Service, served: Served | None) -> Body:
         "task": task.name if task else None,
         "labels": list(space.labels),
         "answers": "choices" if space.has_choices else "labels" if space.is_closed else "text",
-        "slots": served.prompt.every_slot,
+        "slots": served.prompt.total_slots,
         "sha256": served.sha256,
     }
 
