@@ -15,14 +15,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from typing_extensions import Unpack
+from typing import Any
 
 import ptuning
 from ptuning.config import listed_names
 from ptuning.data.lama import Relation, read_relations
 from ptuning.errors import RecordError
-from ptuning.experiment.comparison import Comparison, Options
+from ptuning.experiment.comparison import Comparison
 from ptuning.experiment.suites import relation_job
 from ptuning.files import write_text
 from ptuning.metrics import primary
@@ -48,7 +47,7 @@ def paraphrases(
     limit: int | None = None,
     split_seed: int = 0,
     fields: Mapping[str, str] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> dict[str, Wordings]:
     """Run the comparison and return relation -> scores of its wordings, at most ``wordings`` of each relation.
 

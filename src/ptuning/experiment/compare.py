@@ -6,8 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from typing_extensions import Unpack
+from typing import Any
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import BY_SCORE, GenerationSettings, TrainConfig, listed_names
@@ -18,7 +17,7 @@ from ptuning.data.task_files import TaskFile
 from ptuning.data.word_lists import read_words
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment.cells import CellJob
-from ptuning.experiment.comparison import Comparison, Options
+from ptuning.experiment.comparison import Comparison
 from ptuning.files import Json
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import bare
@@ -59,7 +58,7 @@ def compare(
     num_beams: int = 1,
     by: str | None = None,
     gather: bool = False,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Results:
     """Compare methods on your own data. Finished cells of an earlier run are not run again.
 

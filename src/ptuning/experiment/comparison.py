@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.lora import check_peft
@@ -86,25 +85,6 @@ class Watch:
     on_estimate: Callable[[Sequence[CellResult]], None] | None = None
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of every comparison; :class:`Comparison` describes them. None means the default."""
-
-    out: Required[str | Path]
-    backbone: Required[Backbone]
-    methods: Sequence[str] | str | None
-    seeds: int
-    tries: int
-    config: TrainConfig | None
-    explicit: Collection[str]
-    vary: Mapping[str, Sequence[Setting]]
-    overwrite: bool
-    dry_run: bool
-    part: WorkPart | str | None
-    workers: WorkerConfig | int | None
-    command: str | None
-    watch: Watch | None
-
-
 @dataclass(eq=False)
 class Comparison(JobSet[CellResult]):
     """A comparison. :meth:`run` runs it on tasks.
@@ -154,17 +134,15 @@ class Comparison(JobSet[CellResult]):
     _random: tuple[int, Backbone] | None = field(init=False, default=None)
 
     @classmethod
-    def of(cls, suite: str, **options: Unpack[Options]) -> Comparison:
+    def of(cls, suite: str, **options: Any) -> Comparison:
         """Return the comparison of keyword arguments; those that are missing or None get their defaults."""
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        if "out" in given:
-            given["out"] = Path(given["out"])
+        given = {name: value for name, value in options.items() if value is not None}
         if isinstance(given.get("part"), str):
             given["part"] = WorkPart.parse(given["part"])
-        given["workers"] = WorkerConfig.of(given.get("workers"))
-        return cls(suite, **given)
+        return cls(suite, **{**given, "workers": WorkerConfig.of(given.get("workers"))})
 
     def __post_init__(self) -> None:
+        self.out = Path(self.out)
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}; it must be 1 or more")
         tried_factors(self.tries)
@@ -395,7 +373,7 @@ class Comparison(JobSet[CellResult]):
                 if mark.exists() and self.load(cell.folder) is not None:
                     mark.unlink()
             if job.checkpoint is None:
-                results: Iterator[CellResult] = (self._load_or_run(cell, run) for cell in cells)
+                results = self._run_in_turn(cells, run)
             else:
                 remove_stale(self.out / job.checkpoint, CHECKPOINT)
                 results = self._run_together(cells, self.out / job.checkpoint, run)
@@ -425,11 +403,12 @@ class Comparison(JobSet[CellResult]):
             left = sum(known) / min(run.workers, max(1, len(waiting)))
             run.report(Progress("suite", len(run.done), run.total, note, seconds_left=left, untimed=untimed))
 
-    def _load_or_run(self, cell: Cell, run: JobRun) -> CellResult:
-        done = self.load(cell.folder)
-        if done is None:
-            run.check_stop()
-        return done or self._run(cell, run)
+    def _run_in_turn(self, cells: Sequence[Cell], run: JobRun) -> Iterator[CellResult]:
+        for cell in cells:
+            done = self.load(cell.folder)
+            if done is None:
+                run.check_stop()
+            yield done or self._run(cell, run)
 
     def _run_together(self, cells: Sequence[Cell], place: Path, run: JobRun) -> Iterator[CellResult]:
         """Train the prompts of one method and seed together, and yield their cells in the order they finish."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -34,8 +34,7 @@ MANUAL = "The capital of [X] is [Y]"
 SHOWN_RECORDS = 5
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """A test record with the answers of the manual prompt (``before``) and of the learned one (``after``)."""
 
     subject: str
@@ -46,8 +45,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo, as it is shown: scores are exact match on the test part by method, ``described`` says how
-    each method asks, ``record`` is the contents of ``run.json``, and the size is that of the slot vectors on disk.
+    """The result of the demo, as it is shown: exact match on the test part by method, how each method asks
+    (``described``), the content of ``run.json`` (``record``), and the size of the slot vectors on disk.
     """
 
     prompt: Prompt
@@ -117,13 +116,10 @@ def _score_test(
         }
         for row, old, old_hit, new, new_hit in zip(test, written, before.hits, learned, after.hits, strict=True)
     ]
-    record = dict(result.record)
-    data = record["data"]
-    tested = described(test, kept=len(test), dropped=0)
-    record["data"] = {**(data if isinstance(data, Mapping) else {}), "test": tested}
-    record["scores"] = {name: {EXACT_MATCH: found.to_json()} for name, found in scores.items()}
+    data = {**cast("dict[str, Json]", result.record["data"]), "test": described(test, kept=len(test), dropped=0)}
+    tested = {name: {EXACT_MATCH: exact.to_json()} for name, exact in scores.items()}
     write_json_lines(out / PREDICTIONS_FILE, rows)
-    write_json(out / RUN_FILE, record)
+    write_json(out / RUN_FILE, {**result.record, "data": data, "scores": tested})
     return load_demo(out)
 
 

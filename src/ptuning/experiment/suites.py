@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
-
-from typing_extensions import Unpack
+from typing import Any, Literal, get_args
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
@@ -23,7 +21,7 @@ from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.experiment.cells import CellJob, CellResult
 from ptuning.experiment.compare import OneToken, are_listed, read_vocabulary, template_pair, unrestricted_methods
-from ptuning.experiment.comparison import Comparison, Options
+from ptuning.experiment.comparison import Comparison
 from ptuning.files import Json
 from ptuning.method.base import Method
 from ptuning.method.tuned import bare
@@ -53,7 +51,7 @@ def lama(
     vocabulary: str | Path | None = None,
     split_seed: int = 0,
     fields: Mapping[str, str] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Results:
     """Run the paper's LAMA experiment. Finished cells of an earlier run are not run again.
 
@@ -184,7 +182,7 @@ def superglue(
     few_shot: int | None = None,
     pattern: int = 1,
     limit: int | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Results:
     """Run the paper's SuperGLUE experiment. Finished cells of an earlier run are not run again.
 

@@ -239,10 +239,7 @@ class Results:
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Return names of methods, each once, in the order of the file."""
         present = dict.fromkeys(names)
-        return [
-            *(name for name in self._listed if name in present),
-            *(name for name in present if name not in self._listed),
-        ]
+        return [name for name in {**self._listed, **present} if name in present]
 
     @functools.cached_property
     def _listed(self) -> Mapping[str, None]:
@@ -348,19 +345,15 @@ class _Line(FileModel, allow_inf_nan=True):
 
 
 class _Epoch(FileModel):
-    epoch: WholeNumber
-    dev_score: float
-
-
-class _Start(FileModel):
+    epoch: WholeNumber = 0
     dev_score: float | None = None
 
 
 class _Curve(FileModel):
-    """The part of ``run.json`` that is a learning curve."""
+    """The learning curve in ``run.json``."""
 
     history: tuple[_Epoch, ...] = ()
-    start: _Start = _Start()
+    start: _Epoch = _Epoch()
 
 
 def read_answers(path: Path) -> list[AnsweredRow]:
@@ -380,6 +373,5 @@ def read_curve(folder: Path) -> list[tuple[int, float]] | None:
         return None
     value = read_json(folder / RUN_FILE)
     curve = validate(_Curve, value, f"{folder / RUN_FILE} is damaged", advice=AGAIN)
-    points = [(row.epoch, row.dev_score) for row in curve.history]
-    start = curve.start.dev_score
-    return [(0, start), *points] if points and start is not None else points
+    rows = (curve.start, *curve.history) if curve.history else ()
+    return [(row.epoch, row.dev_score) for row in rows if row.dev_score is not None]
