@@ -47,8 +47,8 @@ SETTING_ALIASES: Mapping[str, str] = {
 
 # Setting -> why a comparison does not vary it.
 NOT_VARIED: Mapping[str, str] = {
-    "seed": "--seeds N repeats the methods with other seeds",
-    "train_backbone": "--methods names methods that train the backbone as well",
+    "seed": "seeds=N repeats the methods with other seeds",
+    "train_backbone": "methods names methods that train the backbone as well",
     "dev_fraction": "all methods choose on the same development part",
     "save_weights": "it changes no result",
 }

@@ -68,8 +68,8 @@ TIMED_REQUESTS = 5
 COMPARED_ANSWERS = 5
 SECONDS, ANSWER_SECONDS = 10.0, 120.0  # of a request to a server, and of one that computes an answer
 MAX_BYTES = 2**22  # of an answer
-NAME_BACKBONE = "name a backbone with --backbone"
-GIVE_KEY = "give the key that the server was started with: --api-key-file FILE"
+NAME_BACKBONE = "name a backbone"
+GIVE_KEY = "give the key that the server was started with"
 READ_LOG = "look into the server's log"
 
 Status = Literal["ok", "warning", "failed"]
@@ -242,7 +242,7 @@ def check_machine() -> Iterator[Check]:
     memory = psutil.virtual_memory()
     detail = f"{_gigabytes(memory.available)} free of {_gigabytes(memory.total)}"
     if memory.available < MIN_FREE_BYTES:
-        remedy = "end other programs, or take a smaller backbone or --dtype bfloat16"
+        remedy = "end other programs, or take a smaller backbone or dtype=bfloat16"
         yield Check("machine", "memory", "warning", detail, remedy)
     else:
         yield Check("machine", "memory", "ok", detail)
@@ -328,7 +328,7 @@ def check_backbone(name: str, options: LoadOptions) -> tuple[Backbone | None, li
     try:
         backbone = load_backbone(name, **vars(options))
     except (MemoryError, RuntimeError) as error:  # of a device, too
-        remedy = "free memory, or take a smaller backbone, --dtype bfloat16 or device_map=auto"
+        remedy = "free memory, or take a smaller backbone, dtype=bfloat16 or device_map=auto"
         detail = f"it does not fit: {str(error) or type(error).__name__}"
         return None, [Check("backbone", "loads", "failed", detail, remedy)]
     except PTuningError as error:
@@ -439,7 +439,7 @@ def _check_answers(prompt: Prompt, group: str, bound: TokenizedTemplate) -> Chec
         with torch.no_grad():
             known = words.check_known(words.examples(bound, made_record(prompt)[0]))
     except PTuningError as error:
-        return Check(group, "answers", "failed", str(error), "train it again with other label words (--labels)")
+        return Check(group, "answers", "failed", str(error), "train it again with other label words")
     return Check(group, "answers", "ok", f"{len(words.labels)} labels with {len(known)} words, all distinguishable")
 
 
@@ -480,7 +480,7 @@ class Server:
         except httpx2.InvalidURL:
             parsed = httpx2.URL("")
         if parsed.userinfo:
-            raise ConfigError("the URL (--url) holds a password; keys are read from a file (--api-key-file)")
+            raise ConfigError("the URL holds a password; keys are read from a file")
         if (
             parsed.scheme not in ("http", "https")
             or not parsed.host
@@ -488,7 +488,7 @@ class Server:
             or parsed.fragment
             or not 0 < (parsed.port or 80) < 65536
         ):
-            raise ConfigError(f"'{url}' is not the URL of a server (--url), such as http://127.0.0.1:{PORT}")
+            raise ConfigError(f"'{url}' is not the URL of a server, such as http://127.0.0.1:{PORT}")
         # The address that OpenAI's clients are given ends in /v1.
         self.url = str(parsed.copy_with(path=parsed.path.rstrip("/").removesuffix("/v1"))).rstrip("/")
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -534,7 +534,7 @@ def check_server(server: Server, prompts: Sequence[CheckedPrompt], backbone: Bac
     if health.status == 200:
         yield Check("server", "health", "ok", "alive")
     else:
-        remedy = READ_LOG if health.status >= 400 else "see whether it runs, and whether --url is its own address"
+        remedy = READ_LOG if health.status >= 400 else "see whether it runs, and whether the URL is its own address"
         yield Check("server", "health", "failed", health.description, remedy)
         if health.status < 400:
             return
@@ -556,7 +556,7 @@ def check_server(server: Server, prompts: Sequence[CheckedPrompt], backbone: Bac
     except (KeyError, TypeError):
         models, names = replace(models, problem="not a list of models, as OpenAI's clients read it"), None
     if names is None:
-        remedy = GIVE_KEY if models.status in (401, 403) else "see whether --url is the address of a model server"
+        remedy = GIVE_KEY if models.status in (401, 403) else "see whether the URL is the address of a model server"
         yield Check("server", "models", "failed", models.description, remedy)
         return
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -619,7 +619,7 @@ def _compare(
     else:
         detail = f"{text!r} as in process; log-probabilities differ by {max(gaps):.1g} at most"
         return Check("server", name, "ok", detail), request, True
-    remedy = "serve this folder with this backbone, as it was loaded here (--dtype), and the same version of ptuning"
+    remedy = "serve this folder with this backbone, as it was loaded here, and the same version of ptuning"
     return Check("server", name, "failed", detail, remedy), request, True
 
 

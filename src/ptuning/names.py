@@ -227,10 +227,10 @@ def check_writable(folder: Path, layout: OutputLayout, *, overwrite: bool = Fals
         return scan
     remedy = "; it holds no run to resume"
     if not resume and scan.ours:
-        go_on = "resume the run in it (--resume), or " if CHECKPOINT_FOLDER in layout.folders else "or "
-        remedy = f", {go_on}replace what ptuning wrote into it (--overwrite)"
+        go_on = "resume the run in it (resume), or " if CHECKPOINT_FOLDER in layout.folders else "or "
+        remedy = f", {go_on}replace what ptuning wrote into it (overwrite)"
     elif not resume:
-        remedy = ", or write next to the files in it, of which none is from ptuning (--overwrite)"
+        remedy = ", or write next to the files in it, of which none is from ptuning (overwrite)"
     raise FileError(NOT_EMPTY.format(folder=folder) + remedy)
 
 

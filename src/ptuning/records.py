@@ -273,7 +273,7 @@ def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
         if record.get(field, "").strip():
             continue
         others = sum(not row.get(field, "").strip() for row in records) - 1
-        remedy = f"Name another field with --field {field}=NAME"
+        remedy = f"Name its column (field {field}=NAME)"
         if others + 1 < len(records):
             more = f" ({others} other record{'s' * (others > 1)} too)" if others else ""
             remedy += f", or fill it in{more} or remove the record"
@@ -295,5 +295,5 @@ def require_fields(records: Records, fields: Sequence[str]) -> None:
             meant = difflib.get_close_matches(name, others, n=1) or (others if len(others) == 1 else ["NAME"])
             raise RecordError(
                 f"{records.place(number)}: no text in the field '{name}'; its fields: {', '.join(record) or 'none'}. "
-                f"If another one is meant, add --field {name}={meant[0]}"
+                f"If another one is meant, rename it (field {name}={meant[0]})"
             )

@@ -63,7 +63,7 @@ def test_a_processor_takes_float32_whatever_its_units(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     dtype, reason = choose_dtype("auto", CPU)
     assert dtype == torch.float32
-    assert ("--dtype bfloat16" in reason) == bool(units)
+    assert ("dtype=bfloat16" in reason) == bool(units)
     assert choose_dtype("bfloat16", CPU).dtype == torch.bfloat16
     with caplog.at_level(logging.WARNING):
         warn_if_slow(torch.float32, CPU)

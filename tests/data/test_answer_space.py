@@ -52,7 +52,7 @@ def test_scoring_changes_only_where_it_is_asked_for() -> None:
 
 def test_a_setting_that_is_wrong_or_would_change_nothing_is_an_error() -> None:
     for space, asked, message in (
-        (LABELS, {"normalise": "avg"}, r"normalise \(--normalise\) is sum or mean, not 'avg'"),
+        (LABELS, {"normalise": "avg"}, r"normalise is sum or mean, not 'avg'"),
         (WRITTEN, {"normalise": "avg", "candidates": True}, "is sum or mean, not 'avg'"),
         (WRITTEN, {"normalise": "mean"}, "goes with a closed set of answers"),
         (WRITTEN, {"calibrate": True}, "is for label words and a task's choices"),

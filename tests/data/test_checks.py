@@ -101,14 +101,14 @@ def test_without_labels_few_targets_are_named_with_what_to_type(mail: Questions)
     assert len(found.parts["train"]) == 88  # the rows without a text are of no use either way
     (fact,) = found.report.facts
     assert "5 distinct targets in 88 records: shipping 22, technical 22, account 22, billing 21, biling 1." in fact
-    assert '--labels auto, or --labels "shipping;technical;account;billing"' in fact
+    assert 'labels as auto, or "shipping;technical;account;billing"' in fact
     assert found.report.warnings[-1] == "'biling' (mail.csv, line 35) looks like 'billing'"
 
 
 def test_strict_makes_an_error_of_every_doubt(mail: Questions) -> None:
     with pytest.raises(RecordError) as caught:
         label_rows({"train": mail}, "auto", fields=FIELDS, strict=True)
-    for part in ("--strict", "mail.csv, lines 13, 58", "'biling' looks like 'billing' (mail.csv, line 35)"):
+    for part in ("with strict", "mail.csv, lines 13, 58", "'biling' looks like 'billing' (mail.csv, line 35)"):
         assert part in str(caught.value)
     clean = rows_of(good=4, bad=4)
     assert label_rows({"train": clean}, "auto", fields=FIELDS, strict=True).parts["train"] is clean
@@ -130,7 +130,7 @@ def test_rows_that_nobody_has_labelled_yet_are_left_out() -> None:
     assert (len(found.parts["test"]), found.report.warnings[0][:28]) == (2, "test: 1 of 3 rows has no tar")
     with pytest.raises(RecordError, match=r"1 of 9 rows has no target"):
         label_rows({"train": Questions([*rows, waiting[0]])}, "auto", fields=FIELDS, strict=True)
-    with pytest.raises(RecordError, match=r"no target; the field 'y' is missing or empty.*--field y=NAME"):
+    with pytest.raises(RecordError, match=r"no target; the field 'y' is missing or empty.*field y=NAME"):
         look(Questions([*rows[:2], *waiting], name="m.csv"))
 
 
@@ -270,7 +270,7 @@ def test_texts_that_are_there_twice() -> None:
 def test_empty_parts_and_missing_targets() -> None:
     with pytest.raises(RecordError, match=r"the dev data \(in memory\) holds no records"):
         look(rows_of(good=1), None, dev=Questions([]))
-    with pytest.raises(RecordError, match=r"line 2: no target; .* --field y=NAME, or fill it in or remove the record"):
+    with pytest.raises(RecordError, match=r"line 2: no target; .*field y=NAME\), or fill it in or remove the record"):
         look(Questions([Question({"a": "b", "y": " "}, where="m.csv, line 2"), *rows_of(good=1)]), None)
 
 

@@ -143,7 +143,7 @@ def test_unknown_forms() -> None:
     with pytest.raises(RecordError, match=r"line 1: .*looked for openai") as error:
         recognise(rows_of({"question": "a", "reply": "b"}))
     assert all(shape.described in str(error.value) for shape in SHAPES)
-    assert "question, reply. --field NEW=NAME" in str(error.value)
+    assert "question, reply. field NEW=NAME" in str(error.value)
     with pytest.raises(RecordError, match=r"talks.jsonl holds no records"):
         recognise(rows_of())
     with pytest.raises(RecordError, match="line 2: no 'messages', as the first record has; its keys: prompt"):

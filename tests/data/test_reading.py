@@ -228,7 +228,7 @@ def test_records_in_memory_are_cleaned_and_known_by_their_content() -> None:
 
 def test_records_without_a_target_are_named() -> None:
     require_targets(Records([{"y": "1"}]))
-    with pytest.raises(RecordError, match=r"a\.jsonl, record 2: no target; .*'y' .*a, b, y.*--field y=NAME"):
+    with pytest.raises(RecordError, match=r"a\.jsonl, record 2: no target; .*'y' .*a, b, y.*field y=NAME"):
         require_targets(Records([{"y": "1"}, {"a": "1", "y": " ", "b": ""}], name="a.jsonl"))
     with pytest.raises(RecordError, match="the record has no fields"):
         require_targets(Records([{}]))

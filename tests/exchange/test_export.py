@@ -199,14 +199,14 @@ def with_offsets() -> Prompt:
     [
         (lambda: Prompt.manual("{x} is [Y]"), "lora", ["no slots"]),
         (lambda: learned(reserving(), ANYWHERE), "lara", ["'lara'", "'lora'"]),
-        (with_weights, "lora", ["--train-backbone none"]),
-        (lambda: learned(reserving(), "[P*6] {x} [Y]"), "lora", ["6 slots", "5 rows", "--as tokens"]),
-        (lambda: learned(reserving(), ANYWHERE), "peft", ["after a field", "--as lora"]),
+        (with_weights, "lora", ["train_backbone=none"]),
+        (lambda: learned(reserving(), "[P*6] {x} [Y]"), "lora", ["6 slots", "5 rows", "tokens"]),
+        (lambda: learned(reserving(), ANYWHERE), "peft", ["after a field", "lora"]),
         (lambda: learned(reserving(), "is it [P] [Y]"), "peft", ["nothing after its slots"]),
         (lambda: learned(reserving(), ANYWHERE), "gguf", ["not a GGUF file", "convert_hf_to_gguf.py"]),
         (lambda: deep("[D] {x} is [D] [Y]"), "peft", ["other slots", "p-tuning-v2"]),
         (with_offsets, "peft", ["added to the inputs of layers"]),
-        *((lambda: deep("[D*2] {x} is [Y]"), kind, ["--as peft"]) for kind in ("lora", "tokens", "gguf", "embeds")),
+        *((lambda: deep("[D*2] {x} is [Y]"), kind, ["peft"]) for kind in ("lora", "tokens", "gguf", "embeds")),
     ],
 )
 def test_what_cannot_be_exported(prompt: Any, kind: str, facts: list[str], tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_cannot_be_exported(prompt: Any, kind: str, facts: list[str], tmp_p
 @pytest.mark.parametrize(("kind", "template"), [("tokens", "[P*2], {x} is [P] [Y]"), ("peft", "[P*2], {x} is [Y]")])
 def test_a_text_that_has_other_ids_is_refused(kind: str, template: str, tmp_path: Path) -> None:
     backbone = unigram()
-    with pytest.raises(ExchangeError, match=r"has the ids .* take --as lora"):
+    with pytest.raises(ExchangeError, match=r"has the ids .* take lora"):
         exported(learned(backbone, template), backbone, tmp_path / "out", kind, RECORDS[:1])
     assert list(tmp_path.iterdir()) == []
 

@@ -218,7 +218,7 @@ def test_methods_are_in_the_order_of_the_tables(causal: Backbone) -> None:
         ({"config": TrainConfig(train_backbone="full")}, "'full'"),
         ({"vary": {"encoder": ["gru"]}}, "'gru'.*lstm.*mlp.*none"),
         ({"vary": {"encodr": ["mlp"]}}, "'encodr'.*'encoder'"),
-        ({"vary": {"seed": [1]}}, "'seed'.*--seeds"),
+        ({"vary": {"seed": [1]}}, "'seed'.*seeds="),
         ({"vary": {"lora_rank": [2]}}, "'lora_rank'.*manual, p-tuning"),
         ({"vary": {"lr": []}}, "'lr'"),
         ({"part": "1/9"}, "2 jobs"),
@@ -248,7 +248,7 @@ def test_results_of_other_settings_are_not_mixed(
     run(causal, out, methods=["p-tuning"])
     before = files_of(out)
     for dry_run in (True, False):
-        with pytest.raises(FileError, match="--overwrite") as raised:
+        with pytest.raises(FileError, match="overwrite") as raised:
             run(causal, out, methods=["p-tuning"], dry_run=dry_run, **change)
         assert named in str(raised.value)
     run(causal, out, methods=["p-tuning"], overwrite=True, dry_run=True, **change)

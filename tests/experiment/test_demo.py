@@ -104,14 +104,14 @@ def test_a_finished_demo_is_read_back(
     again = run_demo(tmp_path / "demo", backbone=tiny, config=CONFIG, report=seen.append)
     assert seen == []
     assert (again.scores, again.answers, again.record) == (finished.scores, finished.answers, finished.record)
-    assert "holds this demo already; give --overwrite to run it again" in caplog.text
+    assert "holds this demo already" in caplog.text
 
 
 def test_another_run_is_replaced_only_if_asked_to(finished: DemoResult, tiny: Backbone, tmp_path: Path) -> None:
     first = run_demo(tmp_path, backbone=tiny, config=CONFIG.adapted(epochs=1))
     assert len(first.record["history"]) == 1  # type: ignore[arg-type]
     before = vectors_of(tmp_path)
-    with pytest.raises(TrainingError, match=r"epochs was 1 and is 2.*--overwrite"):
+    with pytest.raises(TrainingError, match=r"epochs was 1 and is 2.*overwrite"):
         run_demo(tmp_path, backbone=tiny, config=CONFIG)
     assert vectors_of(tmp_path) == before != vectors_of(finished.folder)
     run_demo(tmp_path, backbone=tiny, config=CONFIG, overwrite=True)

@@ -148,9 +148,9 @@ def test_a_manual_template_is_needed_only_where_a_method_reads_it(data: Path, ca
     learned = {"relations": "P17", "template": "[P*3] [X] [P*3] [Y]", "targets": "any"}
     results = run_lama(data, causal, **learned, methods="majority,p-tuning", dry_run=True)
     assert (info(results, "P17")["manual"], info(results, "P17")["template"]) == (None, learned["template"])
-    with pytest.raises(TemplateError, match=r"manual, in-context need .*--manual .*--methods\)$"):
+    with pytest.raises(TemplateError, match=r"manual, in-context need .*manual.*methods"):
         run_lama(data, causal, **learned, methods="manual,in-context,p-tuning")
-    with pytest.raises(TemplateError, match=r"p-tuning needs .*--template"):
+    with pytest.raises(TemplateError, match=r"p-tuning needs .*template"):
         run_lama(data, causal, relations="P17", methods="majority,p-tuning,fine-tuning")
     given = run_lama(data, causal, manual="[X] lies in [Y]", out=data.parent / "given")
     assert (info(given, "P36")["manual"], info(given, "P17")["manual"]) == ("[X] is [Y] .", "[X] lies in [Y]")

@@ -295,7 +295,7 @@ def test_the_end_of_each_candidate_counts_if_asked_for(backbone: Backbone, norma
             logits = target_logits(backbone, [example], prompt.learned(backbone)).log_softmax(-1)
             each = [float(logits[at, token]) for at, token in enumerate(example.target_ids)]
             assert one.log_prob == pytest.approx(sum(each) / (len(each) if normalise == "mean" else 1), abs=1e-4)
-    with pytest.raises(ConfigError, match=r"count_stop \(--count-stop\) is for prompts that were trained to stop"):
+    with pytest.raises(ConfigError, match=r"count_stop is for prompts that were trained to stop"):
         PromptModel(backbone).rank(RECORDS[:2], prompt, names, count_stop=True)
     plain = PromptModel(backbone).rank(RECORDS[:2], prompt, names, normalise=normalise)
     assert (found == plain) == (backbone.kind == "masked")

@@ -315,7 +315,7 @@ def test_saving_does_not_overwrite_unasked(saved: Path, causal: Backbone) -> Non
     (saved / "notes.txt").write_text("mine")
     before = (saved / VECTORS_FILE).read_bytes()
     other = learned(causal, TEMPLATE, seed=9)
-    with pytest.raises(FileError, match=r"exists and is not empty.*--overwrite"):
+    with pytest.raises(FileError, match=r"exists and is not empty.*overwrite"):
         other.save(saved)
     assert (saved / VECTORS_FILE).read_bytes() == before
     other.save(saved, overwrite=True)

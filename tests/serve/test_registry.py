@@ -221,7 +221,7 @@ def test_names_and_paths_that_are_not_allowed_are_refused(tmp_path: Path) -> Non
             with pytest.raises(RefusedNameError) as error:
                 registry.load("fine", given)
             assert error.value.param == "path"
-    with pytest.raises(RefusedNameError, match="--prompts"):
+    with pytest.raises(RefusedNameError, match="no folder of prompts"):
         registry_of(None).load("fine", "good")
     assert not registry.served
     # Tools that load LoRA adapters name them by their absolute path.

@@ -232,7 +232,7 @@ def test_slots_behind_the_text_need_words_there(manual: str) -> None:
 
 @pytest.mark.parametrize("manual", ["a [P*2] [X] [Y]", "a [P:b] [X] [Y]"])
 def test_a_manual_template_with_slots_is_refused(manual: str) -> None:
-    with pytest.raises(TemplateError, match="a manual template has no slots; give this one as --template") as caught:
+    with pytest.raises(TemplateError, match="a manual template has no slots; give this one as template") as caught:
         Template.from_manual(manual)
     assert caught.value.column == 2
 

@@ -37,13 +37,13 @@ def test_a_folder_that_is_not_empty_names_the_remedies_that_there_are(tmp_path: 
     (prompt / "prompt.json").write_text('{"format_version": 1, "template": "[P] [Y]"}')
     for folder, layout, resume, options in (
         (foreign, RUN, True, set()),
-        (foreign, RUN, False, {"--overwrite"}),
-        (run, RUN, False, {"--resume", "--overwrite"}),
-        (prompt, PROMPT, False, {"--overwrite"}),
+        (foreign, RUN, False, {"overwrite"}),
+        (run, RUN, False, {"resume", "overwrite"}),
+        (prompt, PROMPT, False, {"overwrite"}),
     ):
         with pytest.raises(FileError, match="is not empty") as caught:
             check_writable(folder, layout, resume=resume)
-        assert {option for option in ("--resume", "--overwrite") if option in str(caught.value)} == options
+        assert {option for option in ("resume", "overwrite") if f"({option})" in str(caught.value)} == options
     check_writable(run, RUN, resume=True)
     check_writable(foreign, RUN, overwrite=True)
 

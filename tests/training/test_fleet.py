@@ -367,7 +367,7 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
         found = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part=part)
         assert list(found.results) == list(units[int(part[0]) - 1].folders)
         assert not (tmp_path / "parts" / FLEET_FILE).exists()
-    with pytest.raises(FileError, match="--resume"):
+    with pytest.raises(FileError, match="resume"):
         train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part="1/3")
     with pytest.raises(ConfigError, match="only 3 jobs to share"):
         train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part="1/4")
@@ -388,7 +388,7 @@ def test_workers_leave_the_same_prompts(causal: Backbone, tmp_path: Path, monkey
     assert list(found.results) == list(whole.results)
     assert {result.record["worker"]["engine"] for result in found.results.values()} == {"fake"}  # type: ignore[call-overload,index]
     assert bytes_of(tmp_path / "workers") == bytes_of(tmp_path / "whole") != {}
-    with pytest.raises(FileError, match="--resume"):
+    with pytest.raises(FileError, match="resume"):
         train_fleet(EVERY, backbone=causal, out=tmp_path / "workers", at_once=3, workers=2)
     with pytest.raises(ConfigError, match="workers need a folder"):
         train_fleet(EVERY, backbone=causal, workers=2)

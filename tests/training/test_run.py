@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> Non
         run(causal, out, should_stop=after(2))
     path = out / CHECKPOINT_FOLDER / CHECKPOINT_FILE
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(TrainingError, match=r"is damaged .*start anew with --overwrite"):
+    with pytest.raises(TrainingError, match=r"is damaged .*overwrite"):
         run(causal, out, resume=True)
     run(causal, out, overwrite=True)
     (out / RUN_FILE).write_text('{"settings": {}, "data": ')
@@ -354,7 +354,7 @@ def test_a_finished_record_that_lacks_its_outcome_is_damaged(
     shutil.copytree(finished, out)
     record = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
     (out / RUN_FILE).write_text(json.dumps({**record, key: value}), encoding="utf-8")
-    with pytest.raises(FileError, match=r"run.json is damaged: .*start anew with --overwrite"):
+    with pytest.raises(FileError, match=r"run.json is damaged: .*overwrite"):
         run(causal, out, resume=True)
 
 

@@ -579,7 +579,7 @@ def test_a_damaged_checkpoint(causal: Backbone, tmp_path: Path, damage: str) -> 
         fit(make_trainer(causal, tmp_path, epochs=1, encoder=encoder), stop_after=1)
     path = tmp_path / CHECKPOINT_FILE
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(TrainingError, match=r"(?s)state.safetensors is damaged .*--overwrite"):
+    with pytest.raises(TrainingError, match=r"(?s)state.safetensors is damaged .*overwrite"):
         make_trainer(causal, tmp_path, epochs=1).load()
 
 
@@ -1142,7 +1142,7 @@ def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path, mo
     again = make_trainer(causal, tmp_path, train_backbone="full", epochs=2)
     again.load()
     monkeypatch.setattr(again, "_rank", lambda *_: (0.0, 0.0))  # nothing better is found any more
-    with pytest.raises(TrainingError, match=r"best-.* is not a whole safetensors file .*; start anew with --overwrite"):
+    with pytest.raises(TrainingError, match=r"best-.* is not a whole safetensors file .*; start again with overwrite"):
         fit(again)
 
 

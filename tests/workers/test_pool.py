@@ -275,7 +275,7 @@ class TestWorker:
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        ({}, "--workers"),
+        ({}, "number of workers"),
         ({"count": 0}, "workers is 0"),
         *(
             ({"count": 2, "gpus": gpus}, f"GPUs per worker is {gpus:g}")

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 FOLDER_NEEDS = "The folder must hold config.json, a tokenizer and whole safetensors files"
 CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=true"
 QUANTIZE_NEEDS = "Not every machine and model can be quantised so; try another quantize, or none"
-SMALLER = "take fewer bits for its weights (dtype, quantize), spread them (shard=map), or use --device cpu"
+SMALLER = "take fewer bits for its weights (dtype, quantize), spread them (shard=map), or use device=cpu"
 GGUF_NEEDS = "transformers reads causal models of common architectures; take the model's safetensors instead"
 
 

@@ -66,7 +66,7 @@ def choose_dtype(name: str, device: torch.device, *, quantize: bool = False) -> 
         return ChosenDtype(torch.float32, "the processor has no units for bfloat16")
     if quantize:
         return ChosenDtype(torch.bfloat16, "quantising is for less memory, and the processor computes in it")
-    return ChosenDtype(torch.float32, "scores in bfloat16 were not shown to be equal; --dtype bfloat16 may be faster")
+    return ChosenDtype(torch.float32, "scores in bfloat16 were not shown to be equal; dtype=bfloat16 may be faster")
 
 
 def units() -> list[str]:
@@ -81,7 +81,7 @@ def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and dtype != torch.float32 and (dtype == torch.float16 or not units()):
         logger.warning(
             "this processor has no units for %s: a product took 5 to 40 times as long as in float32 on such machines; "
-            "leave --dtype out, or give float32",
+            "leave dtype out, or give float32",
             short_name(dtype),
         )
 

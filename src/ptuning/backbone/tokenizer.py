@@ -148,7 +148,7 @@ class TextTokenizer:
         if not self._tokenizer.chat_template:
             raise BackboneError(
                 "the model has no chat template, which says how conversations are written for it; take a chat model, "
-                "or write the markup into a template (--template)"
+                "or write the markup into a template"
             )
         said = [turn._asdict() for turn in turns]
         try:

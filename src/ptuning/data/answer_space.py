@@ -71,11 +71,10 @@ class AnswerSpace:
         how = replace(own, normalise=own.normalise if normalise is None else normalise, calibrate=calibrated)
         if normalise == "mean" and not (candidates or self.is_closed):
             raise ConfigError(
-                "normalise (--normalise) goes with a closed set of answers: candidates (--candidates), label words, or "
-                "a task's choices"
+                "normalise goes with a closed set of answers: candidates, label words, or a task's choices"
             )
         if calibrate and (candidates or not self.is_closed):
-            raise ConfigError("calibrate (--calibrate) is for label words and a task's choices; leave it out here")
+            raise ConfigError("calibrate is for label words and a task's choices; leave it out here")
         return replace(self, scoring=how)
 
     def check_threshold(self, probability: float | None, *, candidates: bool = False) -> None:
@@ -83,12 +82,10 @@ class AnswerSpace:
         if probability is None:
             return
         if not 0 <= probability <= 1:
-            raise ConfigError(
-                f"min_probability (--min-probability) is {probability:g}; a probability lies between 0 and 1"
-            )
+            raise ConfigError(f"min_probability is {probability:g}; a probability lies between 0 and 1")
         if candidates or not self.is_closed:
             raise ConfigError(
-                "min_probability (--min-probability) is for labels and choices, whose probabilities add up to 1; "
+                "min_probability is for labels and choices, whose probabilities add up to 1; "
                 f"{'candidates' if candidates else 'answers that are written'} have none that do"
             )
 
@@ -134,7 +131,7 @@ class AnswerSpace:
             if not question.choices:
                 raise RecordError(
                     f"{questions.name}, row {number} has no choices to choose among; read the rows with their task "
-                    "(--task NAME, or load_task(NAME).read(FILE))"
+                    "(load_task(NAME).read(FILE))"
                 )
 
     def to_learn(self, questions: Questions, *, seed: int) -> Questions:

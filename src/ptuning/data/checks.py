@@ -115,7 +115,7 @@ def label_rows(
         seen_labels(learned, kept, report)
     check_repeated(kept, fields, report, labelled=words is not None)
     if strict and report.warnings:
-        raise RecordError("\n  ".join(("warnings about the data are errors with --strict:", *report.warnings)))
+        raise RecordError("\n  ".join(("warnings about the data are errors with strict:", *report.warnings)))
     return Labelled(kept, words, report)
 
 
@@ -132,7 +132,7 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
     RecordError if they can be no labels.
     """
     rows, most = sum(counts.values()), Counter(counts).most_common(3)
-    remedy = 'name the labels (--labels "good;bad"), or the column that holds them (--field y=NAME)'
+    remedy = 'name the labels ("good;bad"), or the column that holds them (field y=NAME)'
     shown = ", ".join(cut(text, LONGEST) for text, _ in most)
     if _are_amounts(counts):
         raise RecordError(
@@ -142,7 +142,7 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
     if len(counts) > MAX_LABELS or (len(counts) > RARE and rows < 2 * len(counts)):
         raise RecordError(
             f"{name}: {len(counts):,} different targets in {rows:,} records ({shown}, ...) are too many to be labels. "
-            f"Leave --labels out, and the answer is written; or {remedy}"
+            f"Leave labels out, and the answer is written; or {remedy}"
         )
     mistyped = look_alikes(counts)
     spellings: dict[str, list[str]] = {}
@@ -153,7 +153,7 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
         shown = "; ".join(" and ".join(f"'{label}' ({counts[label]})" for label in listed) for listed in same[:SHOWN])
         raise RecordError(
             f"{name}: labels differ in capitals or spaces only: {shown}. Take them as one with alias_label {CASE}, or "
-            'name the labels (--labels "good;bad")'
+            'name the labels ("good;bad")'
         )
     if len(spellings) < 2:
         raise RecordError(f"{name}: the targets have one label only ({shown}); {remedy}")
@@ -188,10 +188,10 @@ def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions], repor
     kept = [label for label in ordered if label not in mistyped]
     text = ";".join(kept)
     can_be_typed = len(kept) <= 2 * SHOWN and len(text) <= 4 * LONGEST and not set('=,"') & set(text)
-    named = f', or --labels "{text}"' if can_be_typed and text.count(";") == len(kept) - 1 else ""
+    named = f', or "{text}"' if can_be_typed and text.count(";") == len(kept) - 1 else ""
     report.facts.append(
         f"{len(counts)} distinct targets in {rows} records: {_listed(ordered, counts, most=2 * SHOWN)}. If they are "
-        f"labels to choose among, give --labels auto{named}; without, the answer is written as text"
+        f"labels to choose among, give labels as auto{named}; without, the answer is written as text"
     )
     for label, other in mistyped.items():
         same = [row for questions in parts.values() for row in questions if row.record[TARGET_FIELD] == label]

@@ -99,7 +99,7 @@ def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
         forms = ", ".join(shape.described for shape in SHAPES)
         raise RecordError(
             f"{where}: no known form of conversations; looked for {forms}; the keys found: "
-            f"{', '.join(map(str, first)) or 'none'}. --field NEW=NAME reads the key NAME as NEW"
+            f"{', '.join(map(str, first)) or 'none'}. field NEW=NAME reads the key NAME as NEW"
         )
     return known
 

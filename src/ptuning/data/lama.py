@@ -178,7 +178,7 @@ def _chosen(known: Sequence[str], about: Mapping[str, About], which: Sequence[st
             raise RecordError(
                 f"{folder}: no relation of the name or type '{choice}'.{closest(choice, names)} Found: "
                 f"{', '.join(names)}. A relation is named by its file, or by the column predicate_id or relation of "
-                f"its facts (--field predicate_id=NAME reads another). {_convert(folder)}"
+                f"its facts (field predicate_id=NAME reads another). {_convert(folder)}"
             )
         chosen |= named
     if not chosen:
@@ -219,8 +219,8 @@ def _relation(name: str, parts: Mapping[str, RawRows], about: About | None, patt
     if facts and not any(SUBJECT_FIELD in record and TARGET_FIELD in record for record in facts):
         raise RecordError(
             f"{source}: no facts; none of the rows has sub_label and obj_label (or x and y), the first has "
-            f"{', '.join(sorted(facts[0])) or 'no fields'}. Name yours with --field sub_label=NAME --field "
-            "obj_label=NAME"
+            f"{', '.join(sorted(facts[0])) or 'no fields'}. Name yours with fields (sub_label=NAME, "
+            "obj_label=NAME)"
         )
     paraphrases = _read_patterns(patterns) if patterns is not None else ()
     return Relation(name, template, about["label"], about["type"], records, paraphrases, source)

@@ -25,7 +25,7 @@ def split_questions(questions: Questions, *, fraction: float, seed: int) -> tupl
     if len(units) < 2:
         raise RecordError(
             f"{questions.name}: too few different records to set some aside; give more, or others to choose by (a "
-            "development file, --dev, or a dev part in the folder)"
+            "development file (dev), or a dev part in the folder)"
         )
     drawn = shuffled(units, f"split {seed}")[: min(len(units) - 1, max(1, round(len(units) * fraction)))]
     held = {id(row) for key in drawn for row in units[key]}

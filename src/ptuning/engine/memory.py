@@ -121,7 +121,7 @@ def half(tokens: int, *, can_be_cut: bool, device: torch.device) -> int:
     if not (can_be_cut and _halving.get()):
         raise BackboneError(
             f"a pass of {tokens:,} tokens does not fit into the memory of {device}; use smaller batches, shorter rows, "
-            "--dtype bfloat16, or in training --set checkpointing=true"
+            "dtype=bfloat16, or in training checkpointing=true"
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -46,12 +46,12 @@ def check_exportable(prompt: Prompt, kind: str) -> None:
     if prompt.weights is not None:
         raise ExchangeError(
             "the prompt was trained together with weights of its backbone, and an export holds slots alone; train it "
-            "with --train-backbone none"
+            "with train_backbone=none"
         )
     if prompt.deep is not None and kind != "peft":
         raise ExchangeError(
             "the prompt has deep slots ([D]), which are vectors in every layer, and this format holds vectors of the "
-            "input alone; take --as peft, or train it with [P] instead"
+            "input alone; take the format peft, or train it with [P] instead"
         )
     if kind == "peft":
         peft.check_virtual_tokens(prompt)
@@ -71,7 +71,7 @@ def export_prompt(
     with publish_folder(Path(out)) as folder:
         source = source_of(prompt, backbone, data)
         result = WRITERS[kind](source, folder)
-        with running(f"'{backbone.name}' cannot be read back with the export", do="take another format (--as)"):
+        with running(f"'{backbone.name}' cannot be read back with the export", do="take another format"):
             comparison = compare(source, result.load(), max_difference=result.max_difference)
         row = source.rows[0]
         ids, target = result.input_ids(row.example), row.example.target_ids

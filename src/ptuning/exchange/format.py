@@ -107,7 +107,7 @@ def unused_rows(source: ExportSource) -> SlotTokens:
     if len(chosen) < len(source.vectors):
         raise ExchangeError(
             f"the prompt has {len(source.vectors)} slots, and the embedding table of '{backbone.name}' has "
-            f"{len(chosen)} rows that no text uses; take --as tokens, which adds tokens, or --as embeds, which needs "
+            f"{len(chosen)} rows that no text uses; take the format tokens, which adds tokens, or embeds, which needs "
             "none"
         )
     chosen = chosen[: len(source.vectors)]
@@ -144,7 +144,7 @@ def as_rows(backbone: Backbone, vectors: Tensor) -> Tensor:
             return vectors if abs(scale - 1) < rounding_of(backbone.dtype) else vectors / scale
     raise ExchangeError(
         f"'{backbone.name}' does more to the rows of its embedding table than scaling, so no row gives a slot's "
-        "vector; take --as embeds"
+        "vector; take the format embeds"
     )
 
 

@@ -167,7 +167,7 @@ def _check_width(vectors: Tensor, width: int, backbone: Backbone) -> None:
     if vectors.shape[1] != width:
         raise ExchangeError(
             f"a virtual token is {vectors.shape[1]} wide, and '{backbone.name}' needs {width}; name the model that it "
-            "was trained on with --backbone"
+            "was trained on (backbone)"
         )
 
 

@@ -72,7 +72,7 @@ def write_folder(source: ExportSource, folder: Path) -> ExportResult:
     if "quantization" in backbone.loaded:
         raise ExchangeError(
             f"'{backbone.name}' is quantised ({backbone.loaded['quantization']}), and a copy of it would not be; load "
-            "the model that it was made of, or take --as lora"
+            "the model that it was made of, or take the format lora"
         )
     rows = as_rows(backbone, source.vectors)
     table_bytes = backbone.embedding_rows * backbone.width * backbone.dtype.itemsize
@@ -84,7 +84,7 @@ def write_folder(source: ExportSource, folder: Path) -> ExportResult:
     difference = text_difference(source, tokens.names, tokens.ids, lambda text: tokenizer(text)["input_ids"])
     if difference is not None:
         raise ExchangeError(
-            f"with the slots' tokens {difference}, so a text would be read differently; take --as lora or --as embeds, "
+            f"with the slots' tokens {difference}, so a text would be read differently; take lora or embeds, "
             "which are given ids"
         )
     model = _with_slots(source, tokens, rows)
@@ -124,7 +124,9 @@ def _with_slots(source: ExportSource, tokens: SlotTokens, rows: Tensor) -> Any:
     model: Any = copy.deepcopy(backbone.copy(share=True).model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ExchangeError(f"'{backbone.name}' has no head that could be untied from its embeddings; take --as lora")
+        raise ExchangeError(
+            f"'{backbone.name}' has no head that could be untied from its embeddings; take the format lora"
+        )
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
@@ -148,14 +150,14 @@ def write_gguf(source: ExportSource, folder: Path) -> ExportResult:
     backbone = source.backbone
     weights = sources.gguf_weights(backbone.name)
     if weights is None:
-        raise ExchangeError(f"'{backbone.name}' is not a GGUF file; take --as tokens, and {CONVERT}")
+        raise ExchangeError(f"'{backbone.name}' is not a GGUF file; take the format tokens, and {CONVERT}")
     if find_spec("gguf") is None:
         raise ConfigError("this export needs the package gguf; install it with: pip install gguf")
     tokens = reserved_tokens(source)
     if tokens is None or tokens.names is None:
         raise ExchangeError(
             f"the prompt has {len(source.vectors)} slots, and the tokenizer of '{backbone.name}' has "
-            f"{len(backbone.tokenizer.reserved_ids)} reserved tokens; take --as tokens, and {CONVERT}"
+            f"{len(backbone.tokenizer.reserved_ids)} reserved tokens; take the format tokens, and {CONVERT}"
         )
     why_no_text = text_difference(source, tokens.names, tokens.ids, backbone.tokenizer.read)
     original = weights.find()

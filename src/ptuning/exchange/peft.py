@@ -107,7 +107,7 @@ def check_virtual_tokens(prompt: Prompt) -> None:
     if prompt.deep is None and fields and slots and max(slots) > fields[0]:
         raise ExchangeError(
             f"PEFT puts virtual tokens before a text, and a slot of the template '{prompt.template}' comes after a "
-            "field; take --as lora, which keeps slots anywhere"
+            "field; take the format lora, which keeps slots anywhere"
         )
 
 
@@ -161,14 +161,14 @@ def _check_rest(source: ExportSource, taken: int) -> None:
         rest = list(row.example.token_ids[taken : row.example.logit_positions[0] + 1])
         if not rest:
             raise ExchangeError(
-                f"the template '{source.bound.template}' has nothing after its slots for PEFT to read; take --as lora"
+                f"the template '{source.bound.template}' has nothing after its slots for PEFT to read; take lora"
             )
         text = source.bound.texts(row.record)[-1]
         theirs = source.backbone.tokenizer.read(text, add_special_tokens=False)
         if not row.example.shortened and theirs != rest:
             raise ExchangeError(
                 f"after its slots the template has the ids {rest}, and the tokenizer gives the text {text!r} the ids "
-                f"{theirs}, so PEFT would read another text; take --as lora, which is given ids"
+                f"{theirs}, so PEFT would read another text; take the format lora, which is given ids"
             )
 
 

@@ -97,9 +97,9 @@ def compare(
     is_closed = data.words is not None or (task is not None and task.answer_space.is_closed)
     num_beams = GenerationSettings(num_beams=num_beams).num_beams
     if is_closed and vocabulary is not None:
-        raise ConfigError("a vocabulary (--vocabulary) is for answers as text, not for labels or choices")
+        raise ConfigError("a vocabulary is for answers as text, not for labels or choices")
     if is_closed or vocabulary is not None:
-        generated = {"metrics for texts (--metrics)": metrics, "gather": gather, "num_beams": num_beams > 1}
+        generated = {"metrics for texts": metrics, "gather": gather, "num_beams": num_beams > 1}
         for option, value in generated.items():
             if value:
                 kind = "labels or choices" if is_closed else "of a vocabulary"
@@ -208,7 +208,7 @@ def template_pair(
     A TemplateError if the manual template has slots, or the template to learn has none.
     """
     if manual.has_slots:
-        raise TemplateError(f"the manual template '{manual}' has slots; give it as the template to learn (--template)")
+        raise TemplateError(f"the manual template '{manual}' has slots; give it as the template to learn")
     learned = as_template(template) if template is not None else Template.from_manual(str(manual), about=about)
     if not learned.has_slots:
         raise TemplateError(f"the template '{learned}' has no slots, so there is nothing to learn; write [P:words]")

@@ -212,7 +212,7 @@ class Comparison(JobSet[CellResult]):
         collector = Collector(self._empty(settings), list(self.chosen), {task.task.name: task.type for task in tasks})
         scan = check_writable(self.out, COMPARISON, overwrite=True)
         if scan.foreign and not scan.ours:
-            raise FileError(f"{self.out} holds files, but no results of a comparison; choose another folder (--out)")
+            raise FileError(f"{self.out} holds files, but no results of a comparison; choose another folder (out)")
         if not (self.dry_run and self.overwrite):  # which would remove cells
             self.check(jobs)
         if self.watch.on_jobs is not None:
@@ -621,8 +621,8 @@ def _how_to_have_both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str
     changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if not (set(TrainConfig.model_fields) - set(NOT_VARIED)).issuperset(changed):
         return ""
-    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
-    return f". To have both in one report, leave the settings as they were and add {options}"
+    options = " ".join(f"vary {name}={now.get(name)}" for name in changed)
+    return f". To have both in one report, leave the settings as they were and {options}"
 
 
 def _saved_identity(folder: Path) -> Mapping[str, Json] | None:

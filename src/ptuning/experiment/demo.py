@@ -76,14 +76,14 @@ def run_demo(
     """
     is_run = any((out / name).exists() for name in (RUN_FILE, CHECKPOINT_FOLDER))
     if not overwrite and not is_run and any((out / name).exists() for name in (*RUN.files, *RUN.folders)):
-        raise FileError(f"{out} holds part of another run; choose another folder (--out), or give --overwrite")
+        raise FileError(f"{out} holds part of another run; choose another folder (out), or overwrite it (overwrite)")
     parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
     spec = TrainSpec(Template.from_manual(MANUAL), parts["train"], parts["dev"], config)
     # With resume, overwrite only allows for other files in the folder.
     run = TrainingRun(prepare(spec, backbone), out=out, resume=not overwrite, overwrite=True, command=command)
     result = run.train(report=report, should_stop=should_stop)
     if "scores" in result.record:
-        logger.warning("%s holds this demo already; give --overwrite to run it again", out)
+        logger.warning("%s holds this demo already; run it again with overwrite", out)
         return load_demo(out)
     if should_stop is not None and should_stop():
         raise Interrupted("stopped after training, before the test part was scored")

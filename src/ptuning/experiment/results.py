@@ -258,7 +258,7 @@ def _check_same_rows(parts: Mapping[str, _Part], task: str) -> None:
         if rows[label] != rows[first]:
             raise FileError(
                 f"{task}: {first} and {label} have other test rows ({len(rows[first]):,} and {len(rows[label]):,}), so "
-                "their methods cannot be paired; run both on the same data, with the same backbone's tokens, --limit "
+                "their methods cannot be paired; run both on the same data, with the same backbone's tokens, limit "
                 "and seed of the split"
             )
 

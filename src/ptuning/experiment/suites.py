@@ -122,10 +122,10 @@ def _pair(
         if needy:
             raise TemplateError(
                 f"{relation.name} has no manual template ({relation.source}), and {', '.join(needy)} "
-                f'{"needs" if len(needy) == 1 else "need"} one. Give it with --manual "The ... of [X] is [Y]"; or in '
+                f'{"needs" if len(needy) == 1 else "need"} one. Give it as manual, as "The ... of [X] is [Y]"; or in '
                 "relations.jsonl next to the facts, as "
-                f'{{"relation": "{relation.name}", "template": "[X] ... [Y]"}}; or leave out these methods (--methods)'
-                + (", or give the template to learn (--template)" if learned is None else "")
+                f'{{"relation": "{relation.name}", "template": "[X] ... [Y]"}}; or leave out these methods (methods)'
+                + (", or give the template to learn" if learned is None else "")
             )
         return None, learned or Template.parse(PAPER_TEMPLATE)
     # The label is added only if the template starts with the subject; words before it already name the relation.

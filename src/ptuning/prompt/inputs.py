@@ -81,8 +81,8 @@ def typed_fields(prompt: Prompt) -> Sequence[str]:
         return prompt.template.fields
     if prompt.answer_space.has_choices:
         raise RecordError(
-            f"a TEXT is not enough for the task {prompt.task.name}, whose rows have choices of their own; use --data "
-            "with JSONL or CSV"
+            f"a TEXT is not enough for the task {prompt.task.name}, whose rows have choices of their own; give "
+            "data as JSONL or CSV"
         )
     return prompt.task.fields
 

@@ -199,16 +199,15 @@ class Prompt:
         """Raise a ConfigError if it has a closed set of answers, and so cannot answer among candidates."""
         if self.answer_space.is_closed:
             what = "has label words, which are all its answers" if self.label_words else "brings its own choices"
-            raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
+            raise ConfigError(f"the prompt {what}; leave the candidates out")
 
     def check_stop_counts(self, *, candidates: bool) -> None:
         """Raise a ConfigError if the end of answers cannot count: without ``candidates``, or if it was not learned."""
         if not candidates:
-            raise ConfigError("count_stop (--count-stop) goes with candidates (--candidates); leave it out here")
+            raise ConfigError("count_stop goes with candidates; leave it out here")
         if not self.learned_to_stop:
             raise ConfigError(
-                "count_stop (--count-stop) is for prompts that were trained to stop after the target (train_eos); "
-                "leave it out"
+                "count_stop is for prompts that were trained to stop after the target (train_eos); leave it out"
             )
 
     def learned(self, backbone: Backbone) -> PromptBatch:

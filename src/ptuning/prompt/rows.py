@@ -296,4 +296,4 @@ def prediction_of(work: Work, how: Answering) -> Prediction:
 def check_finite(log_probs: Iterable[float]) -> None:
     """Raise a BackboneError if a log-probability is no number (NaN)."""
     if any(math.isnan(value) for value in log_probs):
-        raise BackboneError("the model gave no numbers (NaN) for this row; load it in another number format (--dtype)")
+        raise BackboneError("the model gave no numbers (NaN) for this row; load it in another number format (dtype)")

@@ -116,7 +116,7 @@ class BackboneId:
         what = "has the same embeddings and other weights (a tuned copy?)" if same_table else "is another model"
         raise PromptError(
             f"the prompt was trained on the backbone '{self.name}' ({self.fingerprint}), and '{backbone.name}' "
-            f"({backbone.fingerprint}) {what}; use the right backbone (--backbone), or insist with --force"
+            f"({backbone.fingerprint}) {what}; use the right backbone, or insist with force"
         )
 
 

@@ -131,7 +131,7 @@ class Registry:
             StoppedError: If the service is about to end.
         """
         if self._root is None:
-            message = f"'{cut(name)}' cannot be loaded: there is no folder of prompts (--prompts)"
+            message = f"'{cut(name)}' cannot be loaded: there is no folder of prompts"
             raise RefusedNameError(message, param="path")
         # Tools may give the absolute path; what follows the folder of prompts is checked all the same.
         inner = path.removeprefix(f"{self._root}/").rstrip("/")
@@ -259,7 +259,7 @@ class Registry:
             if read_json(manifest, at_most=MAX_MANIFEST_BYTES).get("weights") is not None:
                 raise PromptError(
                     f"{folder} has trained weights of the backbone in it, and one model in memory serves all prompts; "
-                    "train its slots alone (--train-backbone none), or use it by itself (ptuning predict)"
+                    "train its slots alone (train_backbone=none), or use it by itself (ptuning predict)"
                 )
             prompt = Prompt.load(folder)
             if read_bytes(manifest, at_most=MAX_MANIFEST_BYTES) == before:

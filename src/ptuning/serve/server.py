@@ -49,13 +49,13 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise ConfigError(f"'{host}' is no address to listen at (--host): {error.strerror}") from error
+        raise ConfigError(f"'{host}' is no address to listen at: {error.strerror}") from error
     dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
         return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen at {host}, port {port}: {error.strerror}; choose another --port (0: any that is free)"
+            f"cannot listen at {host}, port {port}: {error.strerror}; choose another port (0: any that is free)"
         ) from error
 
 

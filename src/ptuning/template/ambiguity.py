@@ -24,7 +24,7 @@ UNREADABLE_SHARE = 0.5
 # Signs of cuneiform and Linear A, which hardly any vocabulary has; letters for private use would be dropped by some.
 PROBE = "\U00012000 \U00010600"
 SHOWN_CHARACTERS = 40
-REMEDY = "Use words that it knows, leave these records out, or take another backbone (--backbone)"
+REMEDY = "Use words that it knows, leave these records out, or take another backbone"
 
 
 def is_known(ids: Ids, unknown_id: int | None) -> bool:
@@ -83,7 +83,7 @@ def check_targets(known: Sequence[bool], records: Records, *, is_choice: bool = 
     )
     if count >= MISFIT_SHARE * len(known):
         raise RecordError(
-            f"{text}: the vocabulary does not fit the data. Take another backbone (--backbone), or see whether this "
+            f"{text}: the vocabulary does not fit the data. Take another backbone, or see whether this "
             "one's folder has its tokenizer's whole vocabulary"
         )
     return [f"{text}, and training leaves them out. {REMEDY}"]
@@ -97,7 +97,7 @@ def check_candidates(collisions: Sequence[Collisions], texts: Sequence[str]) -> 
     return [
         f"{len(doubtful)} of {len(texts)} possible answers, such as {_short(doubtful[0])}, are unknown to the "
         "tokenizer or have the tokens of another; they are never a hit. Use words that it knows and tells apart, or "
-        "take another backbone (--backbone)"
+        "take another backbone"
     ]
 
 

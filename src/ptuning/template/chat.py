@@ -49,7 +49,7 @@ class ChatMarkup:
             if PLACEHOLDER.findall(text) != words:
                 raise BackboneError(
                     f"the chat template of this model does not write the texts of {', '.join(roles)} once and in this "
-                    "order, so it cannot be used; write its markup into a template (--template)"
+                    "order, so it cannot be used; write its markup into a template"
                 )
             self._around[key] = tuple(pieces)
         return self._around[key]
@@ -97,14 +97,14 @@ def chat_template(tokenizer: Tokenizer, system: str | None = None) -> Template:
         except RecordError as error:
             raise BackboneError(
                 "the chat template of this model does not write the texts of turns as they are (it escapes or leaves "
-                "out letters), so it cannot be used; write its markup into a template (--template)"
+                "out letters), so it cannot be used; write its markup into a template"
             ) from error
     opening, header, _ = markup.around([USER, ASSISTANT], answer_next=False)
     longer = markup.around([USER, ASSISTANT, USER, ASSISTANT], answer_next=False)
     if (opening, header) != (longer[0], longer[3]):
         raise BackboneError(
             "the chat template of this model begins the conversation or its last answer in another way when there are "
-            "more turns, so it cannot be used; write its markup into a template (--template)"
+            "more turns, so it cannot be used; write its markup into a template"
         )
     asking = markup.around([USER])[-1]
     if not header.startswith(asking):

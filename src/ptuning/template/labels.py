@@ -32,7 +32,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         if self.normalise not in get_args(Normalise):
-            raise ConfigError(f"normalise (--normalise) is sum or mean, not '{self.normalise}'")
+            raise ConfigError(f"normalise is sum or mean, not '{self.normalise}'")
 
     def empty_record(self, record: Record) -> Record:
         """Return a record without content; empty fields stay empty."""
@@ -137,7 +137,7 @@ class LabelWords:
             also = f" Neither is {listed}{f'; {len(wrong)} rows in all' * (len(others) > SHOWN_ROWS)}."
         right = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.5) or ["RIGHT"]
         raise RecordError(
-            f"{self._unknown(label, where=records.place(first))}{also} Correct the file, name the label (--labels), or "
+            f"{self._unknown(label, where=records.place(first))}{also} Correct the file, name the label (labels), or "
             f'count it as another (alias_label "{label}={right[0]}")'
         )
 

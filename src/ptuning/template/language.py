@@ -185,7 +185,7 @@ class Template:
         """Raise a TemplateError at the first slot."""
         if self.has_slots:
             index = min(self._places(Slots | TextSlots))
-            raise self.error("a manual template has no slots; give this one as --template", index)
+            raise self.error("a manual template has no slots; give this one as template", index)
 
     def _places(self, kind: Any) -> list[int]:
         """Return the indices of the pieces of a type, or equal to a piece."""

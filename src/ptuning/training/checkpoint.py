@@ -43,7 +43,7 @@ def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where:
     if names:
         shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
         raise TrainingError(
-            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with --overwrite or in "
+            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start again with overwrite or in "
             "another folder"
         )
 
@@ -154,7 +154,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 def damaged(folder: Path, error: Exception) -> TrainingError:
     """Return the error of a checkpoint that cannot be used."""
-    return TrainingError(f"the checkpoint {folder / CHECKPOINT_FILE} is damaged ({error}); start anew with --overwrite")
+    return TrainingError(f"the checkpoint {folder / CHECKPOINT_FILE} is damaged ({error}); start again with overwrite")
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -219,7 +219,7 @@ class FleetJobs(JobSet["TrainResult | PTuningError"]):
         def waiting() -> None:
             if not in_worker:
                 raise TrainingError(
-                    f"another process trains prompts in {self.out}; wait for its end, and go on with --resume"
+                    f"another process trains prompts in {self.out}; wait for its end, and continue with resume"
                 )
             run.check_stop()
 

@@ -221,7 +221,7 @@ class TrainingRun:
         self._starts: dict[int, dict[str, Json]] = {}
         if self.folder is not None and resume and (self.folder / RUN_FILE).is_file():
             record, where = read_json(self.folder / RUN_FILE), f"{self.folder / RUN_FILE} is damaged"
-            saved = validate(RunRecord, record, where, advice="start anew with --overwrite")
+            saved = validate(RunRecord, record, where, advice="start again with overwrite")
             check_identity(self.identity, saved.identity, where=str(self.folder))
             self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), record, self.folder)
         elif self.folder is not None:

@@ -217,8 +217,7 @@ class Learner:
         """Raise a TrainingError if a loss is NaN or infinite; ``what`` says what happened then."""
         if not math.isfinite(value):
             raise TrainingError(
-                f"{what}; use a lower learning rate than {' and '.join(map(str, self.peaks))} (--lr), or float32 "
-                "(--dtype)"
+                f"{what}; use a lower learning rate than {' and '.join(map(str, self.peaks))} (lr), or float32 (dtype)"
             )
 
 

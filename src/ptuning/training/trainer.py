@@ -163,7 +163,7 @@ class Trainer:
             try:
                 self.best_weights.restore(learner.weights, epoch=state.chosen_epoch)
             except PromptError as error:
-                raise TrainingError(f"{error}; start anew with --overwrite") from error
+                raise TrainingError(f"{error}; start again with overwrite") from error
             wait_for_all()  # no process removes the file while another reads it
             learner.backbone.__dict__.pop("fingerprint", None)  # it was that of the weights before
             learner.backbone.freeze()
@@ -255,7 +255,7 @@ class Trainer:
             f"development loss {losses[0]:.3f} before training, {listed} after each epoch"
         )
         if len(state.diverged) == self.config.retries_on_divergence:
-            logger.warning("%s; the initialization is kept. Lower the learning rate (--lr), or change --seed", message)
+            logger.warning("%s; the initialization is kept. Lower the learning rate (lr), or change the seed", message)
             return
         state.restart()
         self.learner.start_anew()

@@ -42,7 +42,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 10.0
 SHARDED = (
     "workers have a whole backbone each: leave out shard=tp and shard=layers, or use shard=map or quantize, or "
-    "no workers (--workers, --ray)"
+    "no workers"
 )
 # How often a job that gets no further is run again, and a worker that cannot start is started again.
 RETRIES = 3
@@ -83,7 +83,7 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         if self.count is None and self.address is None:
-            raise ConfigError("give the number of workers (--workers) or the cluster that runs them (--ray)")
+            raise ConfigError("give the number of workers (count) or the cluster that runs them (address)")
         if self.count is not None and self.count < 1:
             raise ConfigError(f"workers is {self.count}; it must be 1 or more")
         if self.gpus is not None and not (0 < self.gpus <= 1 or (self.gpus > 1 and float(self.gpus).is_integer())):
@@ -115,7 +115,7 @@ class WorkerConfig:
         if (processes := launched()) > 1:
             raise ConfigError(
                 f"a launcher has started {processes} processes (WORLD_SIZE), and each would start workers of its own; "
-                "start the command once, without torchrun, or leave out the workers (--workers, --ray)"
+                "start the command once, without torchrun, or leave out the workers"
             )
         if importlib.util.find_spec("ray") is None:
             raise WorkerError(
@@ -131,7 +131,7 @@ class WorkerConfig:
         except (OSError, UnicodeError) as error:
             raise WorkerError(
                 f"nothing answers at {self.cluster} ({error}); start a cluster there with 'ray start --head', or give "
-                "another address (--ray)"
+                "another address"
             ) from error
 
 
@@ -390,9 +390,9 @@ def _start(ray: Any, address: str, **local: object) -> None:
         if not local:
             problem = (
                 f"Ray does not answer at {address}: {_first_line(error)}. Start a cluster with 'ray start --head', "
-                "give its address (--ray HOST:PORT), or use"
+                "give its address (HOST:PORT), or use"
             )
-        raise WorkerError(f"{problem} --part K/N, which needs no Ray") from error
+        raise WorkerError(f"{problem} parts (part=K/N), which need no Ray") from error
 
 
 @contextlib.contextmanager
@@ -429,13 +429,13 @@ def _shape_here(jobs: JobSet[Any], workers: WorkerConfig, count: int) -> PoolSha
     if workers.gpus is not None and not on_gpu:
         raise ConfigError(
             f"GPUs per worker is {workers.gpus:g}, and the backbone is on {jobs.backbone.device}; leave it out "
-            "(--gpus-per-worker), or load the backbone on a GPU (--device cuda)"
+            "(gpus), or load the backbone on a GPU (device=cuda)"
         )
     gpus = workers.gpus if workers.gpus is not None else min(1.0, available / count)
     if gpus * count > available + 1e-9:
         raise ConfigError(
             f"{count} workers with {gpus:g} GPUs each need {gpus * count:g}, and there are {available}; give fewer "
-            f"workers or a smaller share (--gpus-per-worker {available / count:.3g})"
+            f"workers or a smaller share (gpus={available / count:.3g})"
         )
     return PoolShape(count, max(1, torch.get_num_threads() // count), gpus)
 
@@ -448,7 +448,7 @@ def _shape_of_cluster(jobs: JobSet[Any], workers: WorkerConfig, count: int, ray:
     if gpus and not fitting:
         raise WorkerError(
             f"a worker needs {gpus:g} GPUs, and the cluster has {resources.get('GPU', 0.0):g}; give a smaller share "
-            "(--gpus-per-worker), or run on its processors (--device cpu)"
+            "(gpus), or run on its processors (device=cpu)"
         )
     count = min(workers.count or max(1, fitting), count)
     threads = int(resources.get("CPU", 1.0) // count)

@@ -81,7 +81,7 @@ def test_compare(llama: str) -> None:
     assert (again.code, again.out) == (0, done.out)  # nothing was left to do
     assert "learned template: [P*3] [X] [P:is] [Y] ." in again.err
     assert saved() == results
-    fails(*args, "--set", "dropout=0.5", says=["out", "dropout was", "--overwrite"])
+    fails(*args, "--set", "dropout=0.5", says=["out", "dropout was", "overwrite"])
 
 
 @pytest.mark.parametrize(("source", "name"), [("deep/my:facts.jsonl", "my"), ("deep/:facts.jsonl", "task")])

@@ -59,7 +59,7 @@ def test_each_prompt_is_left_as_train_leaves_it(llama: str) -> None:
         assert {path.name for path in Path("out", name).iterdir()} == {"prompt", "run.json", "predictions.jsonl"}
     assert "out/kinds" in works("eval", "out/kinds", "--data", "configs/kinds.jsonl", "--field", "text=x", "--field",
                                 "y=kind", "--backbone", llama)  # fmt: skip
-    fails(*fleet(llama), says=["--overwrite"])
+    fails(*fleet(llama), says=["overwrite"])
     works(*fleet(llama, "--overwrite", "--at-once", 1, "--log-to", "csv"))
     assert saved()["at_once"] == 1
     assert {path.parent.name for path in Path("out/log").rglob("log.csv")} == {"facts-seed=0", "facts-seed=1", "kinds"}

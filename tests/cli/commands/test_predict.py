@@ -71,7 +71,7 @@ def test_generated_answers(run_folder: Path, data: Path) -> None:
 def test_a_prompt_of_another_backbone(run_folder: Path, llama: str, other_llama: str) -> None:
     own = works("predict", run_folder, "Kenya", "--json")
     assert works("predict", run_folder, "Kenya", "--json", "--backbone", llama) == own
-    fails("predict", run_folder, "Kenya", "--backbone", other_llama, says=[llama, other_llama, "--force"])
+    fails("predict", run_folder, "Kenya", "--backbone", other_llama, says=[llama, other_llama, "force"])
     assert works("predict", run_folder, "Kenya", "--json", "--backbone", other_llama, "--force") != own
 
 

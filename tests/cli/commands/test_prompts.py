@@ -172,7 +172,7 @@ def test_inspect_shows_deep_slots(llama: str, data: Path) -> None:
 @pytest.mark.parametrize("command", [("eval", "--data", "capitals:dev"), ("inspect",)])
 def test_a_prompt_that_does_not_fit(command: tuple[str, ...], run_folder: Path, llama: str, other_llama: str) -> None:
     name, *more = command
-    fails(name, run_folder, *more, "--backbone", other_llama, says=[llama, other_llama, "--force"])
+    fails(name, run_folder, *more, "--backbone", other_llama, says=[llama, other_llama, "force"])
     works(name, run_folder, *more, "--backbone", other_llama, "--force")
     shutil.copytree(run_folder, "out")
     vectors = Path("out/prompt/prompt.safetensors")
