@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.engine.processes import TORCHRUN, DataRanks, _on_processors, processes
+from ptuning.engine.processes import TORCHRUN, DataRanks, _on_cpus, processes
 from ptuning.errors import TrainingError
 from ptuning.training.run import train
 from tests.conftest import RECORDS, WARM
@@ -89,7 +89,7 @@ def test_a_process_that_believes_it_is_alone_trains_nothing(
 
 
 @pytest.mark.parametrize(("told", "expected"), [({}, False), ({TORCHRUN: "none"}, True)])
-def test_processes_of_torchrun_meet_on_processors_where_there_is_no_gpu(
+def test_processes_of_torchrun_meet_on_cpus_where_there_is_no_gpu(
     told: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was asked for counts more, and variables that stayed in a shell do not start anything."""
@@ -97,11 +97,11 @@ def test_processes_of_torchrun_meet_on_processors_where_there_is_no_gpu(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert _on_processors() is expected
+    assert _on_cpus() is expected
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert not _on_processors()
+    assert not _on_cpus()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert _on_processors()
+    assert _on_cpus()
 
 
 def test_rows_are_spread_over_ranks_and_one_rank_sends_nothing() -> None:

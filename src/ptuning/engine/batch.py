@@ -37,7 +37,7 @@ class Batch:
         logit_rows, logit_cols: (N,) int64; the scored positions, row by row; ``counts`` has their number in each row.
         shared_tokens: Number of leading columns that are the same in every row.
         encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
-        unread: For each row, which columns of what its prompt brings in front it does not read; empty if all do.
+        unread: For each row, which columns of its learned prefix it does not read; empty if rows read all.
     """
 
     token_ids: Tensor
@@ -115,8 +115,8 @@ def collate(examples: Sequence[Example], learned: PromptBatch, *, pad_side: Side
 def shared_tokens(examples: Sequence[Example], learned: PromptBatch | None = None) -> int:
     """Count the leading tokens and slots that are the same in all rows; without ``learned`` they have the same prompt.
 
-    They end before the first scored position, so that each row has at least one position of its own behind them. None
-    are shared behind what prompts bring in front, or where rows do not read all of them.
+    They end before the first scored position, so that each row has at least one position of its own after them. None
+    are shared after learned prefixes, or where rows do not read all of them.
 
     Example:
         >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
@@ -178,7 +178,7 @@ def cut_by_length(lengths: Sequence[int], *, pass_tokens: int) -> list[list[int]
         ([[1, 3], [0, 2]], [[1, 3, 0, 2]])
     """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    # Rows in front of a place -> the least that they cost, and where the last of their passes begins.
+    # Number of rows -> the lowest cost of the first ones, and where the last of their passes begins.
     costs, begins = {0: 0}, {}
     for end in range(1, len(order) + 1):
         if end < len(order) and lengths[order[end]] == lengths[order[end - 1]]:

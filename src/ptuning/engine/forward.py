@@ -39,11 +39,11 @@ def embed_inputs(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
 
 
 def layer_offsets(batch: Batch, learned: PromptBatch) -> LayerOffsets | None:
-    """Return what the deep slots of a batch add to the inputs of layers; None if there are none."""
-    found = learned.offsets()
-    if found is None:
+    """Return the offsets of the deep slots of a batch in each layer; None if there are none."""
+    offsets = learned.offsets()
+    if offsets is None:
         return None
-    table, place = found
+    table, place = offsets
     numbers = place.to(batch.slot_index.device)[batch.slot_index]  # (S,)
     deep = numbers >= 0
     return LayerOffsets(batch.slot_rows[deep], batch.slot_cols[deep], table[numbers[deep].to(table.device)])
@@ -68,7 +68,7 @@ class ForwardOutput:
     """A forward pass: the rows as they were run, their embeddings (B, T, E) with slot vectors, and (N, V) logits.
     ``offsets`` is what their deep slots add to the inputs of layers.
     ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one; ``mask`` says
-    which of its columns are tokens, (B, C + T) int64 behind C columns that were computed before.
+    which of its columns are tokens, (B, C + T) int64 with C cached columns.
     """
 
     batch: Batch
@@ -108,10 +108,10 @@ def logits_in_parts(backbone: Backbone, examples: Sequence[Example], run: Callab
     def run_side(side: Sequence[int]) -> Tensor:
         if torch.is_grad_enabled():
             return run(side)
-        found = in_parts(
+        parts = in_parts(
             lambda part: run([side[at] for at in part]), [lengths[index] for index in side], backbone=backbone
         )
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     sides = one_sided(lengths, backbone.side)
     if len(sides) == 1:
@@ -132,7 +132,7 @@ def forward(
     pad_side: Side = "right",
     keep: bool = False,
 ) -> ForwardOutput:
-    """Run rows of one side through the backbone with what their prompts bring: every pass of this package is made here.
+    """Run rows of one side through the backbone with their learned parameters.
 
     Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share runs
     once, unless all keys and values are to be kept (``keep``). Logits and gradients are the same but for rounding.
@@ -258,7 +258,7 @@ def forward_packed(backbone: Backbone, examples: Sequence[Example], learned: Pro
 
 
 def _packed(batch: Batch, begun: int) -> Batch:
-    """Return a batch's rows as one row of T tokens behind C others: each token reads these and those before it in its
+    """Return a batch's rows as one row of T tokens after C others: each token reads these and those before it in its
     own row; the mask is (1, 1, T, C + T) bool.
     """
     is_token = batch.mask.bool()  # (B, T of the longest)

@@ -37,8 +37,8 @@ _bounds: WeakKeyDictionary[Backbone, int] = WeakKeyDictionary()
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes that tensors take, what they share counted once."""
-    found = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    return sum(found.values())
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class PeakMemory:
@@ -113,9 +113,9 @@ def whole_passes() -> Iterator[None]:
 
 
 def half(tokens: int, *, can_be_cut: bool, device: torch.device) -> int:
-    """Return how many tokens the next passes may have after one of so many ran out of memory, and say so.
+    """Return the maximum number of tokens of passes after one with ``tokens`` ran out of memory, with a warning.
 
-    Call it behind the ``except`` block, since the error holds the tensors of the pass. Raises BackboneError if the pass
+    Call it after the ``except`` block, since the error holds the tensors of the pass. Raises BackboneError if the pass
     cannot be cut, or must not be (:func:`whole_passes`).
     """
     if not (can_be_cut and _halving.get()):
@@ -134,18 +134,18 @@ def half(tokens: int, *, can_be_cut: bool, device: torch.device) -> int:
 
 def in_parts(run: Callable[[Sequence[int]], T], lengths: Sequence[int], *, backbone: Backbone) -> list[T]:
     """Run rows of these lengths, which ``run`` gets by index, without gradients: in one pass, or in halves that fit.
-    Returns what ``run`` has returned for each part, in the order of the rows.
+    Returns the results of the parts, in the order of the rows.
     """
-    found: list[T] = []
+    results: list[T] = []
     waiting = [range(len(lengths))]
     while waiting:
         part = waiting.pop()
         tokens = len(part) * max(lengths[part.start : part.stop])
         if len(part) == 1 or tokens <= _bounds.get(backbone, tokens):
             with contextlib.suppress(OutOfMemory):
-                found.append(run(part))
+                results.append(run(part))
                 continue
             _bounds[backbone] = half(tokens, can_be_cut=len(part) > 1, device=backbone.device)
         middle = len(part) // 2
         waiting += [part[middle:], part[:middle]]
-    return found
+    return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,16 +28,16 @@ logger = logging.getLogger(__name__)
 # Weight of the stop token in the loss; each token of the target weighs 1. It is learned easily, and with full weight it
 # takes half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
-# A target of more tokens is a text and no name. It has many tokens beside its end, which then weighs as each of them.
+# A longer target is a text and no name. It has many tokens besides its end, which then weighs as each of them.
 NAME_TOKENS = 8
 # Texts of questions that are filled in and scored together: what bounds the memory.
 TEXTS_AT_ONCE = 2048
 
 
 def stop_weight(own_tokens: int, *, named: bool = False) -> float:
-    """Return the weight of the stop token behind a target of so many tokens: :data:`STOP_WEIGHT` behind a name, and
-    that much more with each token from :data:`NAME_TOKENS` on, up to 1. An end that the template ``named`` weighs 1: a
-    chat model that does not write it goes on to speak for the user.
+    """Return the weight of the stop token after a target of N tokens: :data:`STOP_WEIGHT` after a name, and that much
+    more with each token from :data:`NAME_TOKENS` on, up to 1. An end that the template ``named`` weighs 1: a chat model
+    that does not write it goes on to speak for the user.
 
     >>> [round(stop_weight(tokens), 1) for tokens in (1, 9, 10, 12, 13, 40)]
     [0.2, 0.2, 0.4, 0.8, 1.0, 1.0]
@@ -83,18 +84,21 @@ class ScoringRequest:
     @functools.cached_property
     def collisions(self) -> list[frozenset[int] | None]:
         """The collisions of each class (:func:`~ptuning.template.ambiguity.collisions_of`)."""
-        scored = [(self.inputs[one.input].token_ids, one.target_ids) if one.known else None for one in self.choices]
+        scored = [
+            (self.inputs[choice.input].token_ids, choice.target_ids) if choice.known else None
+            for choice in self.choices
+        ]
         return collisions_of(scored, self.classes or range(len(scored)))
 
     @functools.cached_property
     def distinguishable(self) -> frozenset[int]:
         """The classes that are right, or the target alone, as far as the tokenizer tells them from wrong ones."""
         right = self.answers or (0,)
-        return frozenset(one for one in right if is_distinguishable(self.collisions[one], right))
+        return frozenset(answer for answer in right if is_distinguishable(self.collisions[answer], right))
 
 
 def inputs_of(items: Iterable[ScoringRequest]) -> list[Example]:
-    """Return the rows of items, one item after the other."""
+    """Return the rows of requests, one request after the other."""
     return [example for item in items for example in item.inputs]
 
 
@@ -121,11 +125,11 @@ def _continuation(example: Example, place: int = 0) -> Continuation:
 def target_requests(
     bound: TokenizedTemplate, records: Records, *, with_stop: bool, cut: bool = False
 ) -> list[ScoringRequest]:
-    """Return one item per record, with its target as the only choice. Warns about targets that the tokenizer does not
-    know, and raises a RecordError if there are hardly any others. Of a target that does not fit, the beginning is taken
-    if asked for (``cut``), without an end; with a warning.
+    """Return one request per record, with its target as the only choice. Warns about targets that the tokenizer does
+    not know, and raises a RecordError if there are hardly any others. With ``cut``, targets that do not fit are
+    truncated, without a stop token, and a warning is logged.
     """
-    shorter = _shorter(bound, records, with_stop=with_stop) if cut else {}
+    shorter = _truncated_targets(bound, records, with_stop=with_stop) if cut else {}
     rows = [shorter.get(index, record) for index, record in enumerate(records)]
     examples = bound.examples(rows, with_stop=with_stop, source=f"{records.name}, record")
     items = [ScoringRequest((example,), (_continuation(example),)) for example in examples]
@@ -135,13 +139,13 @@ def target_requests(
     return items
 
 
-def _shorter(bound: TokenizedTemplate, records: Records, *, with_stop: bool) -> dict[int, Record]:
-    """Return index -> record with the beginning of its target, of those whose target does not fit beside the rest, even
-    with fields that are cut: as much of it as half of what the model reads.
+def _truncated_targets(bound: TokenizedTemplate, records: Records, *, with_stop: bool) -> dict[int, Record]:
+    """Return index -> record with a truncated target, of those whose target does not fit, even with truncated fields:
+    half of what the model reads is left of it.
     """
     most, encode = bound.max_length // 2, bound.tokenizer.encode
     long = [index for index, record in enumerate(records) if len(record.get(TARGET_FIELD, "").encode()) > most]
-    found: dict[int, Record] = {}
+    truncated: dict[int, Record] = {}
     for index, ids in zip(long, encode([records[index][TARGET_FIELD] for index in long]), strict=True):
         if len(ids) <= most:
             continue
@@ -150,16 +154,16 @@ def _shorter(bound: TokenizedTemplate, records: Records, *, with_stop: bool) -> 
         except TooLongError:
             target = records[index][TARGET_FIELD]
             end = bisect_right(range(len(target)), most, key=lambda at: len(encode([target[: at + 1]])[0]))
-            found[index] = {**records[index], TARGET_FIELD: target[: max(1, end)]}
+            truncated[index] = {**records[index], TARGET_FIELD: target[: max(1, end)]}
         except (TemplateError, RecordError):
-            continue  # it is said with its place when all records are filled in
-    if found:
+            continue  # raised again with its place when all records are filled in
+    if truncated:
         logger.warning(
             "%d of %d targets of %s do not fit into the %d tokens that the model reads: of these only the beginning is "
             "read, %d tokens",
-            len(found), len(records), records.name, bound.max_length, most,
+            len(truncated), len(records), records.name, bound.max_length, most,
         )  # fmt: skip
-    return found
+    return truncated
 
 
 def _check_known(bound: TokenizedTemplate, records: Records, known: Sequence[bool], *, is_choice: bool) -> None:
@@ -176,12 +180,12 @@ def build_requests(
     labelled: bool = True,
     cut: bool = False,
 ) -> list[ScoringRequest]:
-    """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
+    """Return one request per question: with every text of a closed answer space a choice, else with the target alone.
 
-    A written target gets a stop token ``with_stop``, and is ``cut`` as :func:`target_requests` says. Items of a closed
-    space have their right classes if ``labelled``. Raises RecordError if a question cannot be answered, or its target
-    is not an answer; LabelWordError if the tokenizer does not know a label's word, or not from that of another; warns
-    and raises as :func:`target_requests`.
+    A generated target gets a stop token ``with_stop``, and is ``cut`` as in :func:`target_requests`. Requests of a
+    closed space have their right classes if ``labelled``. Raises RecordError if a question cannot be answered, or its
+    target is not an answer; LabelWordError if the tokenizer does not know a label's word, or not from that of another;
+    warns and raises as :func:`target_requests`.
     """
     parts = request_parts(bound, questions, answers, with_stop=with_stop, labelled=labelled, cut=cut)
     return [item for part in parts for item in part]
@@ -196,17 +200,21 @@ def request_parts(
     labelled: bool = True,
     cut: bool = False,
 ) -> Iterator[list[ScoringRequest]]:
-    """Yield the items of :func:`build_requests` in parts, each made when it is asked for, so that the labels or choices
-    of a few questions are in memory at a time. What it says of all records is said before it yields the last part.
+    """Yield the requests of :func:`build_requests` in parts, each built on demand, so that the labels or choices of a
+    few questions are in memory at a time. Warnings about all records are logged before the last part.
     """
     if not answers.is_closed:
         yield target_requests(bound, questions.records, with_stop=with_stop, cut=cut)
         return
     answers.check(questions, labelled=labelled)
     source, known = f"{questions.name}, record", list[bool]()
-    for part in _few(questions, answers):
-        asked = questions[part.start : part.stop]
-        items = _closed_requests(bound, asked, answers, source=source, first=part.start + 1, labelled=labelled)
+    # Parts of about TEXTS_AT_ONCE texts.
+    texts = list(itertools.accumulate(len(answers.texts(question)) for question in questions))
+    groups = itertools.groupby(range(len(questions)), key=lambda index: (texts[index] - 1) // TEXTS_AT_ONCE)
+    for indices in (list(group) for _, group in groups):
+        part = range(indices[0], indices[-1] + 1)
+        own = questions[part.start : part.stop]
+        items = _closed_requests(bound, own, answers, source=source, first=part.start + 1, labelled=labelled)
         if labelled:
             known += [bool(item.distinguishable) for item in items]
             if part.stop == len(questions):
@@ -214,19 +222,6 @@ def request_parts(
                 _check_known(bound, questions.records, known, is_choice=is_choice)
         yield items
         del items  # while the next part is made
-
-
-def _few(questions: Sequence[Question], answers: AnswerSpace) -> Iterator[range]:
-    """Cut questions into parts of about :data:`TEXTS_AT_ONCE` texts."""
-    start = texts = 0
-    for index, question in enumerate(questions):
-        count = len(answers.texts(question))
-        if texts and texts + count > TEXTS_AT_ONCE:
-            yield range(start, index)
-            start, texts = index, 0
-        texts += count
-    if texts:
-        yield range(start, len(questions))
 
 
 def _closed_requests(
@@ -270,12 +265,12 @@ def _closed_requests(
 def _head_requests(
     bound: TokenizedTemplate, questions: Sequence[Question], answers: AnswerSpace, *, source: str, labelled: bool
 ) -> list[ScoringRequest]:
-    """Return items whose classes are the outputs of a classification head, which reads the hidden state that would
-    write the first token of the target.
+    """Return requests whose classes are the outputs of a classification head, which reads the hidden state that
+    predicts the first token of the target.
     """
     choices = tuple(Continuation(0, (label,), 1) for label in range(len(answers.labels)))
     filled = bound.contexts([question.record for question in questions], source=source)
-    rows = (replace(one, logit_positions=one.logit_positions[:1]) for one in filled)
+    rows = (replace(example, logit_positions=example.logit_positions[:1]) for example in filled)
     return [
         ScoringRequest((row,), choices, tuple(range(len(choices))), answers.right(question) if labelled else ())
         for row, question in zip(rows, questions, strict=True)
@@ -283,8 +278,8 @@ def _head_requests(
 
 
 def truncate_target(item: ScoringRequest, most: int) -> ScoringRequest:
-    """Return an item whose target has at most so many tokens, to be learned; a cut one has no stop token. For a model
-    that writes, where nothing stands behind the target.
+    """Return a request whose target has at most ``most`` tokens, for training; a truncated one has no stop token. For
+    generative models, where nothing comes after the target.
     """
     (example,), (choice,) = item.inputs, item.choices
     if choice.own_tokens <= most:
@@ -301,7 +296,7 @@ def truncate_target(item: ScoringRequest, most: int) -> ScoringRequest:
 
 
 def candidate_request(examples: Sequence[Example]) -> ScoringRequest:
-    """Return the item that scores each example's target as a candidate."""
+    """Return the request that scores each example's target as a candidate."""
     inputs, choices = share_inputs(examples)
     return ScoringRequest(inputs, choices)
 
@@ -315,7 +310,7 @@ class ContinuationScores:
         all_log_probs: (C,) float32; the same, including the stop token if it is scored.
         correct: (C,) bool; whether every own token is the most likely one given those before it (exact match).
         token_count: Number of scored tokens; a stop token counts :func:`stop_weight`.
-        more_stop: What a stop token behind each choice weighs more than :data:`STOP_WEIGHT`; empty if none does.
+        more_stop: By how much the stop token of each choice weighs more than :data:`STOP_WEIGHT`; empty if none does.
         per_item: Number of choices of each item; those of an empty record, if any, come last.
     """
 
@@ -334,7 +329,7 @@ class ContinuationScores:
 
 
 def score_continuations(items: Sequence[ScoringRequest], logits: Tensor) -> ContinuationScores:
-    """Score the choices of items from the (N, V) float32 logits at the scored positions of their inputs, in order."""
+    """Score the choices of requests from the (N, V) float32 logits at the scored positions of their inputs."""
     rows: list[int] = []
     ids: list[int] = []
     choice_of: list[int] = []
@@ -375,7 +370,7 @@ def score_parts(parts: Sequence[Sequence[ScoringRequest]], logits: Tensor) -> li
     whole = score_continuations([item for part in parts for item in part], logits)
     choices = [[choice for item in part for choice in (*item.choices, *item.empty)] for part in parts]
     sizes = [len(own) for own in choices]
-    columns = (one.split(sizes) for one in (whole.log_probs, whole.all_log_probs, whole.correct, whole.lengths))
+    columns = (each.split(sizes) for each in (whole.log_probs, whole.all_log_probs, whole.correct, whole.lengths))
     per_item = (tuple(len(item.choices) + len(item.empty) for item in part) for part in parts)
     return [
         ContinuationScores(log_probs, all_log_probs, correct, lengths, _token_count(scored), counts, _more_stop(scored))
@@ -392,8 +387,8 @@ def _token_count(choices: Sequence[Continuation]) -> float:
 
 
 def _more_stop(choices: Sequence[Continuation]) -> tuple[float, ...]:
-    """Return what the stop token behind each choice weighs more than behind a name; nothing if all are names."""
-    more = tuple(stop_weight(one.own_tokens, named=one.named_end) - STOP_WEIGHT for one in choices)
+    """Return by how much the stop token of each choice weighs more than that of a name; nothing if all are names."""
+    more = tuple(stop_weight(choice.own_tokens, named=choice.named_end) - STOP_WEIGHT for choice in choices)
     return more if any(more) else ()
 
 
@@ -445,7 +440,7 @@ def loss(items: Sequence[ScoringRequest], scored: ContinuationScores) -> tuple[T
 
 
 def loss_count(items: Sequence[ScoringRequest]) -> float:
-    """Return the count that :func:`loss` will return for items, without running them."""
+    """Return the count that :func:`loss` will return for requests, without running them."""
     if not items[0].answers:
         return _token_count([choice for item in items for choice in item.choices])
     return len(items)
@@ -453,7 +448,7 @@ def loss_count(items: Sequence[ScoringRequest]) -> float:
 
 def hits(items: Sequence[ScoringRequest], scored: ContinuationScores) -> list[float]:
     """Return 1.0 for each item answered correctly: greedy decoding would write the target, or its class is right.
-    What the tokenizer does not know or tell apart is never a hit (:attr:`ScoringRequest.distinguishable`).
+    Targets that the tokenizer does not know or tell apart are never a hit (:attr:`ScoringRequest.distinguishable`).
     """
     if not items[0].answers:
         return [

@@ -85,7 +85,7 @@ class PastKeyValues(NamedTuple):
 
 
 class OnDisk(NamedTuple):
-    """Where an entry of the cache stands in a file."""
+    """Place of a cache entry in a file."""
 
     file: IO[bytes]
     at: int
@@ -115,7 +115,7 @@ class PrefixCache:
         self._disk: dict[Ids, OnDisk] = {}
         self._files: dict[IO[bytes], int] = {}  # with the bytes written to each
         self.token_bytes = 0  # of one token, once any text was computed
-        self._told = False
+        self._has_warned = False
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -156,7 +156,7 @@ class PrefixCache:
         return True
 
     def ids_of(self, example: Example) -> Ids:
-        """Return the token ids in front of a row's first slot whose keys and values, computed apart, are those of the
+        """Return the token ids before a row's first slot whose keys and values, computed apart, are those of the
         whole row; none if the whole row is read with other positions (:meth:`Backbone.side`).
         """
         ids = cacheable_ids(example)
@@ -183,11 +183,11 @@ class PrefixCache:
             done += sum(map(len, group))
             if report is not None:
                 report(done, total)
-        logger.info("KV cache of %d tokens in front of the slots: %s", self.tokens, self.size)
-        if left_out and not self._told:
-            self._told = True
+        logger.info("KV cache of %d tokens before the slots: %s", self.tokens, self.size)
+        if left_out and not self._has_warned:
+            self._has_warned = True
             logger.warning(
-                "the KV cache takes %s, and has no room for %d of %d texts in front of the slots; they are computed "
+                "the KV cache takes %s, and has no room for %d of %d texts before the slots; they are computed "
                 "anew in every step. More memory (cache_memory) or disk (cache_disk) makes training faster",
                 self.size,
                 left_out,
@@ -201,7 +201,7 @@ class PrefixCache:
 
     @property
     def size(self) -> str:
-        """What it takes, in words."""
+        """Size in memory and on disk, in words."""
         disk = f" and {self.disk_bytes / 1e6:,.1f} MB on the disk" if self.disk_bytes else ""
         return f"{self.memory_bytes / 1e6:,.1f} MB of memory{disk}"
 
@@ -224,7 +224,7 @@ class PrefixCache:
         parts = in_parts(
             lambda part: self._run_whole([group[at] for at in part]), list(map(len, group)), backbone=self.backbone
         )
-        return [one for part in parts for one in part]
+        return [entry for part in parts for entry in part]
 
     def _run_whole(self, group: Sequence[Ids]) -> list[Tensor]:
         rows = [Example(ids, (), (), (), 0) for ids in group]
@@ -284,7 +284,7 @@ class PrefixCache:
         """Return the keys and values of texts (:meth:`ids_of`), (L, 2, H, C, D) each; those that are not cached are
         computed now.
         """
-        found: dict[Ids, Tensor] = {}
+        parts: dict[Ids, Tensor] = {}
         missing = []
         for ids in wanted:
             part = self._memory.get(ids)
@@ -293,10 +293,10 @@ class PrefixCache:
             if part is None:
                 missing.append(ids)
             else:
-                found[ids] = part
+                parts[ids] = part
         for group in text_groups(missing, self.backbone.side):
-            found |= dict(zip(group, self._run(group), strict=True))
-        return found
+            parts |= dict(zip(group, self._run(group), strict=True))
+        return parts
 
 
 def free_bytes(device: torch.device) -> int:
@@ -308,7 +308,7 @@ def free_bytes(device: torch.device) -> int:
 
 def cacheable_ids(example: Example) -> Ids:
     """Return the token ids before the first slot, or before the first scored position in a row without slots; none
-    behind what a prompt brings.
+    after a learned prefix.
     """
     if example.prefix_length:
         return ()

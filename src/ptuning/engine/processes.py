@@ -16,10 +16,10 @@ from torch import Tensor, distributed
 from ptuning.backbone.backbone import Backbone
 from ptuning.errors import TrainingError
 
-# Variables of the environment that tell accelerate how it was launched.
+# Environment variables of a launcher.
 LAUNCHER = "ACCELERATE_"
 RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What torchrun, and nobody else, tells the processes that it starts.
+# Variable that only torchrun sets.
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 # accelerate makes its state on first use and is seen half made by another thread. Its Accelerator is no way round: each
 # empties the environment of the process for a moment.
@@ -37,8 +37,8 @@ def processes() -> PartialState:
     """
     with _ONE_AT_A_TIME:
         try:
-            found = PartialState(cpu=_on_processors())
-            told = int(os.environ.get("WORLD_SIZE", "1"))
+            state = PartialState(cpu=_on_cpus())
+            started = int(os.environ.get("WORLD_SIZE", "1"))
         except (ImportError, RuntimeError, ValueError) as error:
             PartialState._reset_state()  # so that it can be tried again
             names = sorted(name for name in os.environ if name.startswith(LAUNCHER) or name in RANKS)
@@ -46,20 +46,20 @@ def processes() -> PartialState:
                 f"accelerate cannot start with the environment's {', '.join(names) or 'settings'}: {error}; unset what "
                 "an earlier launcher left there, or start with: accelerate launch -m ptuning"
             ) from error
-        seen = found.num_processes
-        if told > seen:
+        seen = state.num_processes
+        if started > seen:
             PartialState._reset_state()
             raise TrainingError(
-                f"WORLD_SIZE says that {told} processes were started, and accelerate sees {seen}: each "
+                f"WORLD_SIZE says that {started} processes were started, and accelerate sees {seen}: each "
                 "would train everything and write into one folder. Start with: torchrun --nproc-per-node N -m ptuning; "
                 "on processors set ACCELERATE_USE_CPU=true; or unset WORLD_SIZE, if an earlier launcher left it there"
             )
-        return found
+        return state
 
 
-def _on_processors() -> bool:
-    """Whether several processes meet on processors: where it was asked for, or torchrun started them and there is no
-    GPU, which accelerate would take for processes that have nothing to do with each other.
+def _on_cpus() -> bool:
+    """Whether several processes run on CPUs: if requested, or if torchrun started them and there is no GPU, which
+    accelerate would take for independent processes.
     """
     if "ACCELERATE_USE_CPU" in os.environ or TORCHRUN not in os.environ:
         return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))

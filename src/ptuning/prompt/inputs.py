@@ -1,4 +1,4 @@
-"""What a prompt is asked: questions made of the rows of a file or a request, or of texts that somebody typed."""
+"""Inference inputs: questions built from the rows of a file or a request, or from typed texts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceInputs:
-    """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
-    rows of the file, which know their columns.
+    """Questions to answer, each with the row that it was built from (with file and line), and all rows of the file with
+    their columns.
     """
 
     questions: Questions
@@ -33,7 +33,7 @@ class InferenceInputs:
         cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[ChatMessage] = ()
     ) -> InferenceInputs:
         """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file. In a
-        conversation, what is typed is the user's next turn, behind those ``before``.
+        conversation, the typed text is the user's next turn, after those ``before``.
         """
         for text in texts.values():
             check_text(text, where=where, what="it")
@@ -41,8 +41,9 @@ class InferenceInputs:
         if prompt.template.has_conversation:
             turns = [*before, ChatMessage(USER, record[CONVERSATION_FIELD].strip())]
             record = {**record, CONVERSATION_FIELD: write_messages(turns)}
-        asked, row = Questions([Question(record)], name=where), (where, texts)
-        return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
+        questions, row = Questions([Question(record)], name=where), (where, texts)
+        raw = RawRows([row], name=where, digest=questions.sha256, format="text", columns=list(texts))
+        return cls(questions, [row], raw)
 
     @classmethod
     def of(cls, prompt: Prompt, rows: RawRows, *, fields: Mapping[str, str] | None = None) -> InferenceInputs:
@@ -59,9 +60,9 @@ class InferenceInputs:
             require_fields(records, prompt.template.fields)
             return cls(as_questions(records), rows, rows)
         if rows.format != "text":
-            found = [(one, row) for row in rows for one in task.reader.read([row], labelled=False)]
-            asked = Questions([one for one, _ in found], name=rows.name, digest=rows.sha256)
-            return cls(asked, [row for _, row in found], rows)
+            pairs = [(question, row) for row in rows for question in task.reader.read([row], labelled=False)]
+            own = Questions([question for question, _ in pairs], name=rows.name, digest=rows.sha256)
+            return cls(own, [row for _, row in pairs], rows)
         names = typed_fields(prompt)
         if len(names) > 1:
             raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(names)}")
@@ -71,8 +72,8 @@ class InferenceInputs:
 
     def empty_fields(self, fields: Sequence[str]) -> list[tuple[str, str]]:
         """Return (file and line, field) of each field of a template that has no text in a record."""
-        asked = zip(self.questions, self.rows, strict=True)
-        return [(where, name) for one, (where, _) in asked for name in fields if not one.record[name].strip()]
+        pairs = zip(self.questions, self.rows, strict=True)
+        return [(where, name) for question, (where, _) in pairs for name in fields if not question.record[name].strip()]
 
 
 def typed_fields(prompt: Prompt) -> Sequence[str]:

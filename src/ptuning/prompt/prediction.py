@@ -1,4 +1,4 @@
-"""What a prompt answers: the answer to a record, and the possible ones with their probabilities."""
+"""Predictions: the answer to a record, and the possible answers with their probabilities."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Candidate:
         cls, texts: Sequence[str], log_probs: Sequence[float], collisions: Sequence[frozenset[int] | None]
     ) -> list[Candidate]:
         """Return candidates, best first, on a tie in the given order; ``collisions`` are places among the texts."""
-        named = [None if one is None else tuple(texts[at].strip() for at in sorted(one)) for one in collisions]
-        return sorted(map(cls, texts, log_probs, named), key=lambda one: -one.log_prob)
+        named = [None if own is None else tuple(texts[at].strip() for at in sorted(own)) for own in collisions]
+        return sorted(map(cls, texts, log_probs, named), key=lambda candidate: -candidate.log_prob)
 
     def to_json(self) -> dict[str, Json]:
         """Return the candidate as ``predict --json`` prints it."""
@@ -61,7 +61,7 @@ class Prediction:
         cls, ranked: Sequence[Candidate], *, top_k: int | None = None, min_probability: float | None = None
     ) -> Prediction:
         """Return the prediction of labels or choices, best first, whose probabilities add up to 1."""
-        probabilities = {one.text: one.probability for one in ranked}
+        probabilities = {candidate.text: candidate.probability for candidate in ranked}
         abstained = min_probability is not None and not ranked[0].probability >= min_probability
         text = "" if abstained else ranked[0].text
         return cls(text, tuple(ranked[:top_k]), probabilities=probabilities, abstained=abstained)
@@ -83,5 +83,5 @@ class Prediction:
             row["abstained"] = True
         if self.probabilities is not None:
             row["probabilities"] = dict(self.probabilities)
-        row["candidates"] = [one.to_json() for one in self.candidates]
+        row["candidates"] = [candidate.to_json() for candidate in self.candidates]
         return row if self.tokens is None else {**row, "tokens": self.tokens}

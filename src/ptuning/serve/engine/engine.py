@@ -42,7 +42,7 @@ FIRST_ROW_SECONDS, SMOOTHING = 0.05, 0.2
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What the engine is doing and has done since its start."""
+    """Activity of the engine since its start."""
 
     rows_waiting: int
     rows_writing: int
@@ -92,7 +92,7 @@ class Engine:
 
     @property
     def status(self) -> EngineStatus:
-        """What it is doing, and has done."""
+        """Activity since the start."""
         runner = self._runner
         return EngineStatus(
             rows_waiting=len(self._queue) + self._scheduler.held,
