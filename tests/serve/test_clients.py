@@ -2,7 +2,8 @@
 done in the tests.
 
 Two are not installed: litellm brings 380 MB and wants an older python-dateutil, lm-eval brings 180 MB. They were
-run by hand (docs/serving.md, "Clients"); the requests that they sent are here.
+run by hand (docs/serving.md, "Clients"). litellm uses OpenAI's client; the requests of lm-eval are in
+``http/test_completions.py`` and ``http/test_models.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.server import address_of, listen
 from ptuning.template.labels import LabelWords
-from tests.conftest import ROOT, learned, plain_logits
+from tests.conftest import ROOT, learned
 from tests.serve.conftest import prompts_of, registry_of
 
 if TYPE_CHECKING:
@@ -255,46 +256,6 @@ def test_llm(address: str, kenya: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert llm.get_model("label").prompt("a good film").text() in ("positive", "negative")
         with pytest.raises(openai.NotFoundError, match="nope"):
             llm.get_model("gone").prompt("Kenya").text()
-
-
-def test_litellm_s_requests(client: OpenAI, kenya: str) -> None:
-    """litellm 1.110.2 uses OpenAI's client, for raw answers; its ``NotFoundError`` is made of that client's."""
-    from openai import NotFoundError
-
-    chats, texts = client.chat.completions.with_raw_response, client.completions.with_raw_response
-    chat = chats.create(model="write", messages=TURN, timeout=600)
-    assert chat.parse().choices[0].message.content == kenya
-    assert chat.headers["content-type"] == "application/json"
-    chunks = chats.create(model="write", messages=TURN, stream=True, timeout=600).parse()
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == kenya
-    with pytest.raises(NotFoundError, match="nope"):
-        texts.create(model="nope", prompt="Kenya")
-
-
-def test_lm_eval_s_requests(address: str, tiny: Backbone) -> None:
-    """lm-eval 0.4.13, ``local-completions``: it finds the tokenizer here, tokenizes each choice with and without its
-    context, and sums what ``echo`` returns of the choice. That is what its ``hf`` computes.
-    """
-    with httpx2.Client(base_url=address) as web:
-
-        def tokens(text: str) -> list[int]:
-            answer = web.post("/tokenize", json={"prompt": text, "add_special_tokens": False})
-            ids: list[int] = answer.json()["tokens"]
-            return ids
-
-        about = web.get("/tokenizer_info", headers={"Content-Type": "application/json"}).json()
-        assert tokens(about["eos_token"]) == [tiny.tokenizer.stop_id]
-        context = "the capital of Kenya is"
-        for choice in (" Nairobi", " Lima"):
-            ids, before = tokens(context + choice), len(tokens(context))
-            body = {"model": "tiny", "prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
-            (echoed,) = web.post("/v1/completions", json={**body, "echo": True}).json()["choices"]
-            values = echoed["logprobs"]["token_logprobs"][before:-1]
-            best = [max(top.values()) for top in echoed["logprobs"]["top_logprobs"][before:-1]]
-            logs = plain_logits(tiny, ids).log_softmax(-1)
-            assert values == pytest.approx([float(logs[at - 1, ids[at]]) for at in range(before, len(ids))], abs=1e-4)
-            assert best == pytest.approx([float(logs[at - 1].max()) for at in range(before, len(ids))], abs=1e-4)
-            assert web.post("/detokenize", json={"tokens": ids}).json()["prompt"] == context + choice
 
 
 def test_the_lines_of_the_readme(address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import os
@@ -12,10 +11,8 @@ import shutil
 import struct
 import tempfile
 import threading
-import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,6 @@ from ptuning.serve.registry import (
     UnknownPromptError,
     base_name_of,
 )
-from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
 BACKBONE = BackboneId("some-model", None, "some-fingerprint")
@@ -138,41 +134,6 @@ def test_a_broken_prompt_never_keeps_the_others_out(tmp_path: Path) -> None:
         assert facts[name] in message
         assert str(tmp_path) not in message
     json.dumps(dict(changes.failed), ensure_ascii=False).encode()
-
-
-def test_reload_reads_only_what_has_changed(tmp_path: Path) -> None:
-    checked: list[int] = []
-    registry = loaded(tmp_path, "a", "b", "c", check=lambda prompt: checked.append(version_of(prompt)))
-    before = registry.served
-    checked.clear()
-    assert registry.reload() == Changes()
-    assert checked == []
-    save(tmp_path / "b", 7)
-    save(tmp_path / "new", 8)
-    save(tmp_path / "c", 2)  # the same again
-    shutil.rmtree(tmp_path / "a")
-    assert registry.reload() == Changes(added=("new",), changed=("b",), removed=("a",))
-    assert checked == [7, 2, 8]
-    assert registry.get("c").prompt is before["c"].prompt
-    assert {name: version_of(served.prompt) for name, served in before.items()} == {"a": 0, "b": 1, "c": 2}
-    assert registry.reload() == Changes()
-    assert checked == [7, 2, 8]
-
-
-def test_a_prompt_or_folder_that_breaks_on_the_disk_goes_on_as_it_was(tmp_path: Path) -> None:
-    registry = loaded(tmp_path / "prompts", "a")
-    folder = tmp_path / "prompts" / "a"
-    (folder / VECTORS_FILE).write_bytes(b"damaged")
-    assert "a" in registry.reload().failed
-    (folder / MANIFEST_FILE).unlink()
-    assert "a" in registry.reload().failed
-    (tmp_path / "prompts").rename(tmp_path / "away")
-    with pytest.raises(FileError, match="prompts"):
-        registry.reload()
-    assert versions(registry) == {"a": 0}
-    save(folder, 2)
-    assert registry.reload() == Changes(changed=("a",))
-    assert registry.failures == {}
 
 
 # Names
@@ -321,13 +282,17 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
         registry_of(tmp_path).load("x", "bomb")
 
 
-def test_a_machine_without_file_handles_or_disk_loses_no_prompt(
+def test_reload_reads_only_what_has_changed_and_keeps_what_breaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Abuse case 23: reading fails for a while, also in the middle; the clock may jump back."""
-    registry = loaded(tmp_path, "a", "b")
-    save(tmp_path / "a", 3)
-    (tmp_path / "b" / VECTORS_FILE).touch()
+    """Abuse case 23: without file handles or the disk, no prompt is lost; the clock may jump back."""
+    checked: list[int] = []
+    folder = tmp_path / "prompts"
+    registry = loaded(folder, "a", "b", "c", check=lambda prompt: checked.append(version_of(prompt)))
+    before = registry.served
+    assert registry.reload() == Changes()
+    save(folder / "b", 7)
+    save(folder / "c", 2)  # the same again
 
     def fail(*_: object, **__: object) -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -335,35 +300,25 @@ def test_a_machine_without_file_handles_or_disk_loses_no_prompt(
     with monkeypatch.context() as patch:
         patch.setattr("ptuning.files.open", fail, raising=False)
         patch.setattr("time.time", lambda: -1.0)
-        assert sorted(registry.reload().failed) == ["a", "b"]
+        assert sorted(registry.reload().failed) == ["b", "c"]
         with pytest.raises(PromptError, match="Too many open files"):
-            registry.load("c", "a")
+            registry.load("d", "a")
         patch.setattr("os.scandir", fail)
-        with pytest.raises(FileError, match="Too many open files"):
+        with pytest.raises(FileError, match="prompts"):
             registry.reload()
-        assert versions(registry) == {"a": 0, "b": 1}
-    monkeypatch.setattr("time.time", lambda: 0.0)
-    assert registry.reload() == Changes(changed=("a",))
-    assert versions(registry) == {"a": 3, "b": 1}
-
-
-def test_a_prompt_in_service_takes_little_more_than_its_files(tmp_path: Path) -> None:
-    """A thousand of them are in memory at once."""
-    words = LabelWords({"positive": ["great", "good"], "negative": ["terrible"]})
-    prompt = replace(prompt_of(0), label_words=words, scores={"accuracy": 0.5}, seed=1, fields={"text": "body"})
-    for number in range(40):
-        prompt.save(tmp_path / f"p{number}")
-    registry = registry_of(tmp_path)
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
+    (folder / "a" / VECTORS_FILE).write_bytes(b"damaged")
+    assert sorted(registry.reload().failed) == ["a"]
+    assert registry.get("c").prompt is before["c"].prompt
+    assert versions(registry) == {"a": 0, "b": 7, "c": 2}
+    shutil.rmtree(folder / "a")
+    save(folder / "new", 8)
+    assert registry.reload() == Changes(added=("new",), removed=("a",))
+    assert checked == [0, 1, 2, 7, 2, 8]
+    assert {name: version_of(served.prompt) for name, served in before.items()} == {"a": 0, "b": 1, "c": 2}
+    folder.rename(tmp_path / "away")
+    with pytest.raises(FileError, match="prompts"):
         registry.reload()
-        gc.collect()
-        used = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
-    assert len(registry.served) == 40
-    assert used / 40 < 10_000
+    assert len(registry.served) == 3
 
 
 # While requests run

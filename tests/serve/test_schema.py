@@ -29,7 +29,7 @@ from ptuning.serve.http.service import Settings
 from ptuning.serve.registry import Registry
 from tests.serve.conftest import prompts_of
 
-EXAMPLES = 4
+EXAMPLES = 2
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance]
 
 

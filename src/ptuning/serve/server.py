@@ -22,8 +22,7 @@ from ptuning.serve.engine.job import StoppedError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from ptuning.serve.engine.engine import Engine
-    from ptuning.serve.registry import Registry
+    from ptuning.serve.http.service import Service
 
 SIGNAL_EXIT = 128
 # Seconds for finished answers to reach their clients, and for an idle connection between two requests.
@@ -67,8 +66,6 @@ def address_of(listener: socket.socket) -> str:
 
 def run(
     app: FastAPI,
-    engine: Engine,
-    registry: Registry,
     listener: socket.socket,
     *,
     drain: float,
@@ -79,9 +76,8 @@ def run(
     seconds to end. A second signal ends the process at once. Outside of the main thread, signals are not handled.
 
     Args:
-        app: The application of :func:`~ptuning.serve.http.app.create_app`.
-        engine: Is drained and stopped at the end.
-        registry: Accepts no changes while the service drains.
+        app: The application of :func:`~ptuning.serve.http.app.create_app`. Its engine is stopped at the end, and its
+            registry accepts no changes while the service drains.
         listener: A listening socket.
         drain: Seconds for running requests.
         on_ready: Called once connections are accepted, with a function that ends the service as a signal does.
@@ -106,9 +102,8 @@ def run(
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
 
-    server = _Server(config)
-    server.engine, server.registry, server.drain = engine, registry, drain
-    server.on_ready, server.on_hangup = on_ready, on_hangup
+    server, engine = _Server(config), app.state.service.engine
+    server.service, server.drain, server.on_ready, server.on_hangup = app.state.service, drain, on_ready, on_hangup
     try:
         asyncio.run(server.serve(sockets=[listener]))
     finally:
@@ -120,8 +115,7 @@ def run(
 class _Server(uvicorn.Server):
     """uvicorn's server with the signals of :func:`run`."""
 
-    engine: Engine
-    registry: Registry
+    service: Service
     drain: float
     on_ready: OnReady
     on_hangup: Callable[[], None] | None
@@ -139,7 +133,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Do what uvicorn does ten times a second, and end if the engine has failed."""
-        return await super().on_tick(counter) or self.engine.has_failed
+        return await super().on_tick(counter) or self.service.engine.has_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Handle a signal."""
@@ -159,15 +153,15 @@ class _Server(uvicorn.Server):
 
     def _begin_draining(self) -> None:
         def work() -> None:
-            self.registry.close()
-            if not self.engine.drain(self.drain):
-                self.engine.stop()
+            self.service.registry.close()
+            if not self.service.engine.drain(self.drain):
+                self.service.engine.stop()
 
         async def drain() -> None:
             await asyncio.to_thread(work)
             self.should_exit = True
 
-        self.config.loaded_app.state.service.phase = "draining"
+        self.service.phase = "draining"
         self.draining = self.draining or asyncio.ensure_future(drain())
 
 

@@ -92,8 +92,6 @@ def serve(
         )
         run(
             app,
-            engine,
-            registry,
             listener,
             drain=drain,
             on_ready=lambda _: typer.echo(ready),

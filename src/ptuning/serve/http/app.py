@@ -27,9 +27,11 @@ VALIDATION_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_fiel
 STATUSES: dict[int | str, dict[str, object]] = {
     code: {"description": http.HTTPStatus(code).phrase} for code in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 }
-INDEX = "index.html"
-PAGE_TYPES = {INDEX: "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-PAGE_FILES = {name: (files("ptuning.serve.http") / "page" / name).read_bytes() for name in PAGE_TYPES}
+# Files of the browser page by the last part of their address.
+PAGE_TYPES = {"/": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+PAGE_FILES = {
+    name: (files("ptuning.serve.http") / "page" / name.replace("/", "index.html")).read_bytes() for name in PAGE_TYPES
+}
 
 page = APIRouter(include_in_schema=False)
 
@@ -64,20 +66,12 @@ def create_app(
 
 
 @page.api_route("/", methods=["GET", "HEAD"])
-async def index() -> Response:
-    """Return the browser page."""
-    return _page_file(INDEX)
-
-
 @page.api_route("/static/{name}", methods=["GET", "HEAD"])
-async def static(name: str) -> Response:
-    """Return a file of the page."""
-    if name == INDEX or name not in PAGE_FILES:
+async def page_file(request: Request) -> Response:
+    """Return the browser page, or a file of it."""
+    name = request.path_params.get("name", "/")
+    if name not in PAGE_FILES:
         raise HTTPException(404, "the page has no such file")
-    return _page_file(name)
-
-
-def _page_file(name: str) -> Response:
     # Files change with the version and their names do not, so browsers revalidate them.
     headers = {"Content-Type": f"{PAGE_TYPES[name]}; charset=utf-8", "Cache-Control": "no-cache"}
     return Response(PAGE_FILES[name], headers=headers)

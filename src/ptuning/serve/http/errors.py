@@ -13,9 +13,7 @@ from starlette.responses import Response
 
 from ptuning.errors import (
     BackboneError,
-    ConfigError,
     FileError,
-    LabelWordError,
     PromptError,
     PTuningError,
     RecordError,
@@ -46,9 +44,8 @@ CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (PromptError, 400, "prompt_unfit"),
     (RecordError, 400, "invalid_record"),
     (TemplateError, 400, "invalid_record"),
-    (LabelWordError, 400, "invalid_value"),
-    (ConfigError, 400, "invalid_value"),
     (BackboneError, 400, "unsupported"),
+    (PTuningError, 400, "invalid_value"),
 )
 
 
@@ -100,12 +97,10 @@ def as_api_error(error: Exception, *, request_id: str, param: str | None = None)
         headers = {"Retry-After": str(min(max(math.ceil(error.retry_after), low), high))}
         return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
     for kind, status, code in CODES:
-        if isinstance(error, kind):
+        if isinstance(error, kind) and not isinstance(error, FileError):  # which is a fault of the service
             field = error.param if isinstance(error, RefusedNameError) else "model" if status == 404 else param
             message = OPTION.sub(".", str(error)) if kind is RecordError else str(error)
             return ApiError(status, message, code=code, param=field)
-    if isinstance(error, PTuningError) and not isinstance(error, FileError):
-        return ApiError(400, str(error), code="invalid_value", param=param)
     # Texts of requests may be in the message, so nothing in it may begin a line of the log.
     frames, what = "".join(traceback.format_tb(error.__traceback__)), cut(ascii(str(error)), MAX_MESSAGE)
     logger.error("request %s failed: %s: %s\n%s", request_id, type(error).__name__, what, frames)

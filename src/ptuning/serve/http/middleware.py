@@ -148,8 +148,8 @@ async def _read(receive: Receive, limit: int) -> bytes:
         if size <= limit:
             parts.append(part)
     if size > limit:
-        message_text, headers = f"the body of a request has at most {limit:,} bytes", {"Connection": "close"}
-        raise ApiError(413, message_text, code="too_large", headers=headers if more else None)
+        headers = {"Connection": "close"} if more else None
+        raise ApiError(413, f"the body of a request has at most {limit:,} bytes", code="too_large", headers=headers)
     return b"".join(parts)
 
 

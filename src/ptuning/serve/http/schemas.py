@@ -73,7 +73,7 @@ RowLike = dict[str, Any] | str  # as a file may have it; what a field may hold i
 RowLikes = RowLike | Annotated[list[RowLike], Field(min_length=1, max_length=MAX_LISTED)]
 
 
-class Request(BaseModel, strict=True, extra="forbid"):
+class StrictRequest(BaseModel, strict=True, extra="forbid"):
     """A body whose fields are all known."""
 
 
@@ -194,7 +194,7 @@ class ChatRequest(SamplingRequest):
             raise invalid("top_logprobs", "top_logprobs goes with logprobs: true")
 
 
-class PredictRequest(Request):
+class PredictRequest(StrictRequest):
     """``POST /v1/predict``: records as ``ptuning predict --data`` reads them. ``generation`` has the names of
     ``ptuning.GenerationSettings``.
     """
@@ -226,7 +226,7 @@ class PredictRequest(Request):
         return Answering(generation=generation, **{name: getattr(self, name) for name in fields})
 
 
-class ClassifyRequest(Request):
+class ClassifyRequest(StrictRequest):
     """``POST /v1/classify``."""
 
     model: Name
@@ -234,7 +234,7 @@ class ClassifyRequest(Request):
     user: str | None = None
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(StrictRequest):
     """``POST /tokenize``."""
 
     model: Name | None = None
@@ -243,7 +243,7 @@ class TokenizeRequest(Request):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Request):
+class DetokenizeRequest(StrictRequest):
     """``POST /detokenize``."""
 
     model: Name | None = None

@@ -73,7 +73,7 @@ class Service:
 
         Raises:
             UnknownPromptError: If there is neither.
-            ApiError: If a prompt without slots is asked for as manual.
+            ApiError: If there is no manual prompt of this name, as the prompt has no slots.
         """
         request.scope["state"]["param"] = param
         plain, stats = name.removesuffix(MANUAL), stats_of(request)
