@@ -77,9 +77,9 @@ def paraphrases(
         raise RecordError(f"{data}: no relation has two wordings; they are read from paraphrases/RELATION.jsonl")
     settings = {"data": str(data), "wordings": wordings, "limit": limit, "split_seed": split_seed}
     results = comparison.run(jobs, settings=settings)
-    found = {relation: compared(results, tasks) for relation, tasks in patterns.items()}
-    write_text(comparison.out / "wordings.md", "\n".join(map(table, found.values())))
-    return found
+    spreads = {relation: compared(results, tasks) for relation, tasks in patterns.items()}
+    write_text(comparison.out / "wordings.md", "\n".join(map(table, spreads.values())))
+    return spreads
 
 
 def usable_wordings(relation: Relation, *, kind: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Estimate time and cost of comparisons and of many prompts on so many GPUs. Nothing is run or loaded.
+"""Estimate time and cost of comparisons and of many prompts on a number of GPUs. Nothing is run or loaded.
 
     python -m experiments.plan [--weights 7e9] [--gpus 1,8,64] [--set layer_seconds=0.0007 ...]
 
@@ -97,7 +97,7 @@ class Planner:
         return steps + (EPOCHS + 1) * prompts * self.scoring(dev, tokens)
 
     def on(self, gpus: int, units: int, unit_seconds: float, *, tuned: bool = False) -> Estimate:
-        """Return the estimate of ``units`` jobs on so many GPUs. All weights are tuned on a single GPU only."""
+        """Return the estimate of ``units`` jobs on a number of GPUs. All weights are tuned on a single GPU only."""
         replicas = min(gpus // self.gpus_per_model, units)
         if not replicas or (tuned and TUNED_BYTES * self.weights > self["memory_bytes"]):
             return Estimate(0)
@@ -148,8 +148,10 @@ if __name__ == "__main__":
     print("|---|" + "---|" * len(counts))
     for name, estimates in planner.table(counts).items():
         cells = (
-            "does not fit" if one.seconds is None else f"{one.seconds / 60:.0f} min, ${one.dollars:,.1f} ({one.used:,})"
-            for one in estimates
+            "does not fit"
+            if cost.seconds is None
+            else f"{cost.seconds / 60:.0f} min, ${cost.dollars:,.1f} ({cost.used:,})"
+            for cost in estimates
         )
         print(f"| {name} | {' | '.join(cells)} |")
     for name, (_, about) in CONSTANTS.items():

@@ -78,7 +78,7 @@ class Asked:
     def to_json(self) -> dict[str, Json]:
         """Return the scores as the results hold them."""
         return {
-            "each": {name: one.to_json() for name, one in self.each.items()},
+            "each": {name: score.to_json() for name, score in self.each.items()},
             "mean": score(self.per_fact).to_json(),
         }
 
@@ -144,7 +144,7 @@ def make_tokenizer(facts: Mapping[str, Records]) -> PreTrainedTokenizerFast:
     """
     wordings, other = load_wordings()
     splitter = pre_tokenizers.Whitespace()
-    texts = [*other, *(text for one in wordings.values() for text in one["stated"])]
+    texts = [*other, *(text for wording in wordings.values() for text in wording["stated"])]
     words = {
         word
         for text in texts
@@ -295,7 +295,7 @@ def hits(model: ptuning.PromptModel, prompt: ptuning.Prompt, facts: Records, *, 
         closed: Choose among the objects of these facts instead of among all tokens.
     """
     objects = sorted({row[TARGET_FIELD] for row in facts}) if closed else None
-    return [float(one.hit) for one in answer_records(model, prompt, facts, closed=objects, single_token=True)]
+    return [float(answer.hit) for answer in answer_records(model, prompt, facts, closed=objects, single_token=True)]
 
 
 def per_fact(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -442,49 +442,49 @@ class RelationJson(TypedDict):
 
 def read_results(path: Path) -> dict[str, RelationJson]:
     """Read the relations of a results file."""
-    found: dict[str, RelationJson] = json.loads(path.read_text(encoding="utf-8"))["relations"]
-    return found
+    relations: dict[str, RelationJson] = json.loads(path.read_text(encoding="utf-8"))["relations"]
+    return relations
 
 
 def tables(relations: Mapping[str, RelationJson]) -> str:
     """Write the results as two Markdown tables: what is compared, and the held-back wordings one by one."""
     rows: list[tuple[str, Callable[[RelationJson], str]]] = [
-        ("facts to learn from / choose by / test", lambda one: " / ".join(str(n) for n in one["facts"].values())),
-        ("majority answer of the learning half", lambda one: interval(one["majority"])),
-        ("held-back wordings, mean", lambda one: interval(one["held_back"]["mean"])),
-        ("held-back wordings, best", lambda one: interval(extreme(one["held_back"], max))),
-        ("held-back, among the objects only, mean", lambda one: interval(one["held_back_among_objects"]["mean"])),
-        ("held-back, among the objects only, best", lambda one: interval(extreme(one["held_back_among_objects"], max))),
-        ("**P-tuning, mean over seeds**", lambda one: f"**{interval(one['p_tuning']['mean'])}**"),
-        ("P-tuning, lowest seed", lambda one: interval(extreme(one["p_tuning"], min))),
-        ("P-tuning minus mean of held-back", lambda one: interval(one["p_tuning_minus_held_back"])),
-        ("P-tuning on random weights, mean", lambda one: interval(one["p_tuning_random_weights"]["mean"])),
+        ("facts to learn from / choose by / test", lambda row: " / ".join(str(n) for n in row["facts"].values())),
+        ("majority answer of the learning half", lambda row: interval(row["majority"])),
+        ("held-back wordings, mean", lambda row: interval(row["held_back"]["mean"])),
+        ("held-back wordings, best", lambda row: interval(extreme(row["held_back"], max))),
+        ("held-back, among the objects only, mean", lambda row: interval(row["held_back_among_objects"]["mean"])),
+        ("held-back, among the objects only, best", lambda row: interval(extreme(row["held_back_among_objects"], max))),
+        ("**P-tuning, mean over seeds**", lambda row: f"**{interval(row['p_tuning']['mean'])}**"),
+        ("P-tuning, lowest seed", lambda row: interval(extreme(row["p_tuning"], min))),
+        ("P-tuning minus mean of held-back", lambda row: interval(row["p_tuning_minus_held_back"])),
+        ("P-tuning on random weights, mean", lambda row: interval(row["p_tuning_random_weights"]["mean"])),
         (
             "P-tuning on random weights, highest seed",
-            lambda one: interval(extreme(one["p_tuning_random_weights"], max)),
+            lambda row: interval(extreme(row["p_tuning_random_weights"], max)),
         ),
-        ("wordings the model was trained on, mean", lambda one: interval(one["stated"]["mean"])),
+        ("wordings the model was trained on, mean", lambda row: interval(row["stated"]["mean"])),
     ]
     lines = [f"| | {' | '.join(relations)} |", "|---|" + "---|" * len(relations)]
-    lines += [f"| {name} | {' | '.join(write(one) for one in relations.values())} |" for name, write in rows]
+    lines += [f"| {name} | {' | '.join(write(row) for row in relations.values())} |" for name, write in rows]
     lines += ["", "| relation | held-back wording | among all tokens | among the objects |", "|---|---|---|---|"]
-    for name, one in relations.items():
-        closed = one["held_back_among_objects"]["each"]
+    for name, row in relations.items():
+        closed = row["held_back_among_objects"]["each"]
         lines += [
-            f"| {name} | {wording} | {interval(found)} | {interval(closed[wording])} |"
-            for wording, found in one["held_back"]["each"].items()
+            f"| {name} | {wording} | {interval(score)} | {interval(closed[wording])} |"
+            for wording, score in row["held_back"]["each"].items()
         ]
     return "\n".join(lines) + "\n"
 
 
-def extreme(asked: AskedJson, choose: Callable[..., ScoreJson]) -> ScoreJson:
+def extreme(scores: AskedJson, choose: Callable[..., ScoreJson]) -> ScoreJson:
     """Return the score of the best or the worst wording or seed."""
-    return choose(asked["each"].values(), key=lambda one: one["value"])
+    return choose(scores["each"].values(), key=lambda row: row["value"])
 
 
-def interval(one: ScoreJson) -> str:
+def interval(score: ScoreJson) -> str:
     """Write a score with its 95 % interval."""
-    return f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("prompt", type=Path)
     parser.add_argument("--backbone")
     given = parser.parse_args()
-    found = retention(PromptModel(ptuning.load_backbone(given.backbone)), Prompt.load(given.prompt))
-    score = found.score
+    cost = retention(PromptModel(ptuning.load_backbone(given.backbone)), Prompt.load(given.prompt))
+    score = cost.score
     print(f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}] nats per token, n = {score.n}")
-    print(f"{found.with_prompt:.3f} with the prompt, {found.without:.3f} without")
+    print(f"{cost.with_prompt:.3f} with the prompt, {cost.without:.3f} without")

@@ -21,7 +21,7 @@ CELLS = tuple(
     }.items()
     for left, right in pairs
 )
-# Most rows of a cell; of one digit by another there are fewer.
+# Maximum number of rows of a cell; of one digit by another there are fewer.
 MOST = {"train": 250, "dev": 20, "test": 200}
 # So many pairs are tried for a cell that has more than it may hold.
 TRIED = 1500
@@ -29,32 +29,32 @@ TRIED = 1500
 
 def rows(split: str) -> list[dict[str, str]]:
     """Return the rows of a part, in a drawn order."""
-    found = [(cell, pair) for cell in CELLS for pair in _pairs(*cell, split=split)]
-    return [_row(sign, *pair, digits=f"{left}{sign}{right}") for (sign, left, right), pair in shuffled(found, "order")]
+    pairs = [(cell, pair) for cell in CELLS for pair in _pairs(*cell, split=split)]
+    return [_row(sign, *pair, digits=f"{left}{sign}{right}") for (sign, left, right), pair in shuffled(pairs, "order")]
 
 
 def _pairs(sign: str, left: int, right: int, *, split: str) -> list[tuple[int, int]]:
     """Return operands that belong to a part: pairs of the same two numbers are in the same one."""
     part = _part_of_few if left == right == 1 else part_of
-    found = [
+    pairs = [
         pair
         for pair in dict.fromkeys(_tried(sign, left, right))
         if part(sign, *sorted(pair)) == split and not (sign == "-" and pair[0] < pair[1])
     ]
-    return shuffled(found, "pairs", sign, left, right)[: MOST[split]]
+    return shuffled(pairs, "pairs", sign, left, right)[: MOST[split]]
 
 
 def _part_of_few(*key: object) -> str:
-    """Return the part of a pair of one-digit numbers, of which there are so few that half are there to be asked."""
+    """Return the part of a pair of one-digit numbers, which are so few that half of them are test rows."""
     part = part_of(*key)
     return "test" if part == "train" and number("few", *key) % 5 < 2 else part
 
 
 def _tried(sign: str, left: int, right: int) -> Iterator[tuple[int, int]]:
-    """Yield pairs of numbers with so many digits, all of them if there are few."""
+    """Yield pairs of numbers with a number of digits, all of them if there are few."""
     (first, size), (other, width) = ((10 ** (digits - 1), 9 * 10 ** (digits - 1)) for digits in (left, right))
     if size * width <= TRIED:
-        yield from ((first + one, other + two) for one in range(size) for two in range(width))
+        yield from ((first + a, other + b) for a in range(size) for b in range(width))
         return
     for turn in range(TRIED):
         drawn = number("operands", sign, left, right, turn)
@@ -63,10 +63,10 @@ def _tried(sign: str, left: int, right: int) -> Iterator[tuple[int, int]]:
 
 def _row(sign: str, left: int, right: int, *, digits: str) -> dict[str, str]:
     answer = left + right if sign == "+" else left - right if sign == "-" else left * right
-    asked = f"{left} {sign} {right}"
+    expression = f"{left} {sign} {right}"
     return {
-        "input": asked,
-        "output": " = ".join([asked, *_steps(sign, left, right), str(answer)]),
+        "input": expression,
+        "output": " = ".join([expression, *_steps(sign, left, right), str(answer)]),
         "answer": str(answer),
         "digits": digits,
     }

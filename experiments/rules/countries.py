@@ -96,10 +96,10 @@ PATTERNS = (
 
 def rows(split: str) -> list[dict[str, str | list[str]]]:
     """Return the rows of a part, in a drawn order."""
-    asked = [
+    contents = [
         (name, chosen) for name, own in attributes_of_countries().items() for chosen in _contents(name, own, split)
     ]
-    return [_row(name, chosen, split) for name, chosen in shuffled(asked, "order")]
+    return [_row(name, chosen, split) for name, chosen in shuffled(contents, "order")]
 
 
 def texts(name: str, attributes: Attributes) -> list[str]:
@@ -115,15 +115,15 @@ def texts(name: str, attributes: Attributes) -> list[str]:
 @functools.cache
 def attributes_of_countries() -> dict[str, dict[str, str]]:
     """Return country -> its attributes, as far as the shipped facts have them."""
-    found: dict[str, dict[str, str]] = {}
+    attributes: dict[str, dict[str, str]] = {}
     for attribute, facts in ATTRIBUTES.items():
         folder = resources.files("ptuning.data") / "facts" / facts
         for part in ("train", "dev", "test"):
             for line in (folder / f"{part}.jsonl").read_text(encoding="utf-8").split("\n"):
                 if line:
                     row = json.loads(line)
-                    found.setdefault(row["x"], {})[attribute] = row["y"]
-    return found
+                    attributes.setdefault(row["x"], {})[attribute] = row["y"]
+    return attributes
 
 
 def _contents(name: str, own: Mapping[str, str], split: str) -> list[tuple[tuple[str, str], ...]]:

@@ -57,22 +57,22 @@ Message = dict[str, str]
 
 def rows(split: str) -> list[dict[str, list[Message]]]:
     """Return the conversations of a part, in a drawn order."""
-    found = [
+    conversations = [
         (name, at)
         for name, own in attributes_of_countries().items()
         if part_of("country", name) == split
         for at in range(min(MOST[split], 5 * len(own)))
     ]
-    return [{"messages": _conversation(name, at)} for name, at in shuffled(found, "instructions")]
+    return [{"messages": _conversation(name, at)} for name, at in shuffled(conversations, "instructions")]
 
 
 def _conversation(name: str, at: int) -> list[Message]:
     """Return one or two questions about a country with their answers. No wording is asked twice of a country."""
     own = attributes_of_countries()[name]
-    asked = [(key, wording) for key in ATTRIBUTES if key in own for wording in range(len(WORDINGS[key]))]
-    drawn = shuffled(asked, "asked", name)
+    questions = [(key, wording) for key in ATTRIBUTES if key in own for wording in range(len(WORDINGS[key]))]
+    drawn = shuffled(questions, "asked", name)
     first = drawn[at]
-    others = [one for one in drawn if one[0] != first[0]]
+    others = [question for question in drawn if question[0] != first[0]]
     questions = [first, *others[: number("second", name, at) % 2]]
     said = article(name)
     messages: list[Message] = []

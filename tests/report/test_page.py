@@ -192,9 +192,8 @@ def few_rows(results: dict[str, Any]) -> None:
             lambda results: results["macro"].pop("p-tuning@random-weights"),
             "no control with random weights for p-tuning:",
         ),
-        (lambda results: results["macro"].pop("manual-restricted"), "without manual-restricted"),
         (few_rows, "Fewer than 100 test facts in 1 task (P36 (capital))"),
-        (lambda results: results["cells"][0].update(status="failed"), "1 run of 30 failed or did not run yet"),
+        (lambda results: results["cells"][0].update(status="failed"), "1 run of 30 failed"),
         (lambda results: results["task_info"]["P17"].update(reported="dev"), "P17: without a validation part"),
     ],
 )
@@ -206,8 +205,5 @@ def test_caveats_of_a_run(lama: Path, edit: Callable[[dict[str, Any]], object], 
 
 def test_caveats_of_every_run(lama: Path) -> None:
     text = "\n".join(limits(read_results(lama)))
-    for part in (
-        "pretraining text may contain the test facts", "one backbone (smollm2-135m)", "12 rows were dropped",
-        "A mean over 3 tasks", "at most 2 seeds", "different numbers of settings", "manual-restricted, which ranks",
-    ):  # fmt: skip
+    for part in ("may contain the test facts", "different numbers of settings", "manual-restricted, which ranks"):
         assert part in text

@@ -172,20 +172,20 @@ class Comparison(JobSet[CellResult]):
 
     def _methods(self) -> dict[str, Method]:
         names = METHODS.default_for(self.suite) if self.methods is None else listed_names(self.methods)
-        found: dict[str, Method] = {}
+        methods: dict[str, Method] = {}
         for method in map(METHODS.find, METHODS.every if names == [ALL_METHODS] else names):
-            found[method.name] = method
+            methods[method.name] = method
             if not method.settings and "@" not in method.name:
                 own = self.config.to_json()
                 settings = [name for name in self.vary if method.depends_on(name)]
                 varied = [
                     method.varied(name, value) for name in settings for value in self.vary[name] if value != own[name]
                 ]
-                found |= {variant.name: variant for variant in varied}
+                methods |= {variant.name: variant for variant in varied}
         plain = list(METHODS)
         # Variants stay in the order in which they are given.
-        order = sorted(found, key=lambda name: ("@" in name, plain.index(re.split("[ @]", name)[0]), " " in name))
-        return {name: found[name] for name in order}
+        order = sorted(methods, key=lambda name: ("@" in name, plain.index(re.split("[ @]", name)[0]), " " in name))
+        return {name: methods[name] for name in order}
 
     def _acts(self, setting: str) -> bool:
         """Whether a setting changes the results of any method."""

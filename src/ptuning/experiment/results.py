@@ -35,11 +35,6 @@ from ptuning.report.results_file import (
 from ptuning.statistics import Score, Values, difference, mean_difference, mean_score, summary, value_of
 
 Done = Mapping[str, Mapping[str, Sequence[CellResult]]]  # task -> method -> its finished cells, one for each seed
-# The description of a task's rows, which folders with the same test rows share.
-ROW_KEYS = (
-    "label", "relation", "type", "data", "rows", "dropped", "metrics", "text_metrics", "signatures", "benchmark",
-    "labels",
-)  # fmt: skip
 # A score that is computed anew from the answers must be the cell's own; else it is left out, since it needs more.
 TOLERANCE = 1e-6
 
@@ -287,16 +282,19 @@ def _described(parts: Mapping[str, _Part], tasks: Sequence[str]) -> Results:
     """Return results without scores: common values, and each folder's where they differ."""
     whole = {label: part.results for label, part in parts.items()}
     first = next(iter(whole.values()))
-    infos = {task: {label: results.task_info.get(task, {}) for label, results in whole.items()} for task in tasks}
+    backbone, settings, versions = (
+        _joined({label: getattr(results, name) for label, results in whole.items()})
+        for name in ("backbone", "settings", "versions")
+    )
     return Results(
         first.suite,
         command="; ".join(f"{label}: {results.command}" for label, results in whole.items()),
-        backbone=_joined({label: results.backbone for label, results in whole.items()}),
-        settings=_joined({label: results.settings for label, results in whole.items()}),
-        versions=_joined({label: results.versions for label, results in whole.items()}),
+        backbone=backbone,
+        settings=settings,
+        versions=versions,
         task_info={
-            task: _joined(own) | {key: value for key, value in next(iter(own.values())).items() if key in ROW_KEYS}
-            for task, own in infos.items()
+            task: _joined({label: results.task_info.get(task, {}) for label, results in whole.items()})
+            for task in tasks
         },
         agreement=Agreement([], None, None) if first.agreement is not None else None,
     )

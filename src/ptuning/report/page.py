@@ -17,7 +17,7 @@ from ptuning.report.tables import Block, Fold, Items, Page, Picture, Section, co
 MAX_ROWS = 100  # of a picture: more are not told apart, and take minutes to draw
 MAX_TASKS, MAX_METHODS = 8, 6  # confusion matrices of a page
 # With fewer rows than this, an interval is about ten points wide on either side.
-SMALL_ROWS, SMALL_TASKS = 100, 10
+SMALL_ROWS = 100
 TITLES = {
     "lama": "What a learned prompt recalls",
     "compare": "Methods compared",
@@ -171,18 +171,13 @@ def _warnings(results: Results) -> list[Block]:
 
 def limits(results: Results) -> Iterator[str]:
     """Yield what a reader must not conclude, and why."""
-    done = [cell for cell in results.cells if cell.status == "done"]
     names = list(results.overall)
+    done = [cell for cell in results.cells if cell.status == "done"]
     if left := len(results.cells) - len(done):
-        yield (
-            f"{counted(left, 'run')} of {len(results.cells):,} failed or did not run yet: means of methods that lack "
-            "some are over other tasks and seeds."
-        )
+        yield f"{counted(left, 'run')} of {len(results.cells):,} failed or did not run yet: means lack them."
     seeds = max((len({cell.seed for cell in done if cell.method == name}) for name in names), default=0)
     if seeds == 1:
         yield "Every method ran with one seed, so it is unknown how much two trainings of one method differ."
-    elif 1 < seeds < 5:
-        yield f"There are at most {seeds} seeds per method: standard deviations are rough."
     small = [
         results.named(task)
         for task, methods in results.tasks.items()
@@ -193,12 +188,6 @@ def limits(results: Results) -> Iterator[str]:
             f"Fewer than {SMALL_ROWS} test {results.unit} in {counted(len(small), 'task')} ({_first(small)}): "
             "differences of a few points there are noise."
         )
-    if 1 < len(results.tasks) < SMALL_TASKS:
-        yield f"A mean over {len(results.tasks)} tasks says little about other tasks."
-    reasons = [of for info in results.task_info.values() if isinstance(of := info.get("dropped"), Mapping)]
-    dropped = sum(count for counts in reasons for count in counts.values() if isinstance(count, int | float))
-    if dropped:
-        yield f"{counted(int(dropped), 'row')} were dropped before anything was scored, for the reasons under Settings."
     on_dev = [name for name, info in results.task_info.items() if info.get("reported") == "dev"]
     if on_dev:
         yield f"{_first(on_dev)}: without a validation part, scores are on the few rows of the development part."
@@ -206,13 +195,10 @@ def limits(results: Results) -> Iterator[str]:
         yield "Methods tried different numbers of settings (column tried); more tries find a better one by chance."
     free, restricted = WRITTEN
     if results.agreement is None and results.backbone.get("kind") == "causal" and free in names:
-        fairer = (
+        yield (
+            "A learned prompt also learns the form of the answers, the manual one does not; "
             f"{restricted}, which ranks the task's answers only, is the fairer comparison."
-            if restricted in names
-            else f"without {restricted}, part of the gain of a learned prompt may be this form."
         )
-        yield f"A learned prompt also learns the form of the answers, the manual one does not: {fairer}"
-    yield f"The backbone's pretraining text may contain the test {results.unit}."
     trained = [name for name, method in results.methods.items() if method.trained and name in names]
     without = [name for name in trained if "@" not in name and f"{name}{RANDOM_WEIGHTS}" not in names]
     if without:
@@ -220,9 +206,7 @@ def limits(results: Results) -> Iterator[str]:
             f"There is no control with random weights for {', '.join(without)}: how much the training {results.unit} "
             "alone teach is unknown."
         )
-    name = results.backbone.get("name")
-    if "; " not in str(results.backbone.get("fingerprint")):  # a report over folders has several
-        yield f"There is one backbone{f' ({name})' if name else ''}: others may rank methods otherwise."
+    yield f"Other backbones may rank methods otherwise, and their pretraining text may contain the test {results.unit}."
 
 
 def _first(names: list[str]) -> str:

@@ -179,7 +179,7 @@ class Results:
 
     @property
     def primary(self) -> str:
-        """The score to show where there is room for one."""
+        """The most important score."""
         return primary(name for methods in self.tasks.values() for scores in methods.values() for name in scores)
 
     @property
@@ -189,12 +189,12 @@ class Results:
 
     @property
     def unit(self) -> str:
-        """What a task's n counts."""
+        """The unit that a task's n counts."""
         return {"compare": "records", "superglue": "rows"}.get(self.suite, "facts")
 
     @property
     def overall_unit(self) -> str:
-        """What n counts in the scores over all tasks."""
+        """The unit that n counts in the scores over all tasks."""
         return self.unit if len(self.tasks) == 1 else "tasks"
 
     @property
