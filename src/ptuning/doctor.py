@@ -1,6 +1,6 @@
 """Checks of the installation: packages, this machine, a backbone, prompts and a running server. Nothing is changed.
 
-``run_checks`` is the entry; a function for each thing that is checked follows in the same order.
+``run_checks`` calls one function for each of them, in the order of this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -44,7 +44,6 @@ from ptuning.prompt.sharing import find_prompt
 from ptuning.prompt.storage import has_prompt, prompt_folders, read_prompt
 from ptuning.provenance import VERSION
 from ptuning.serve import PORT
-from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 PACKAGE = "ptuning"
@@ -70,15 +69,15 @@ SECONDS, ANSWER_SECONDS = 10.0, 120.0  # of a request to a server, and of one th
 MAX_BYTES = 2**22  # of an answer
 NAME_BACKBONE = "name a backbone"
 GIVE_KEY = "give the key that the server was started with"
-READ_LOG = "look into the server's log"
+READ_LOG = "see the server's log"
 
 Status = Literal["ok", "warning", "failed"]
-Progress = Callable[[str], AbstractContextManager[None]]  # shows what is waited for
+Progress = Callable[[str], AbstractContextManager[None]]  # shows the name of a step that takes long
 
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check: ``detail`` and ``remedy`` are one line each, and what is not ok has a remedy."""
+    """Result of one check: ``detail`` and ``remedy`` are one line each; a check that is ok has no remedy."""
 
     group: str
     name: str
@@ -89,6 +88,8 @@ class Check:
     def __post_init__(self) -> None:
         for name in ("detail", "remedy"):
             object.__setattr__(self, name, cut(" ".join(str(getattr(self, name)).split()), 500))
+        if self.status == "ok":
+            object.__setattr__(self, "remedy", "")
 
     def to_json(self) -> dict[str, Json]:
         """Return the check as ``doctor --json`` prints it."""
@@ -103,11 +104,6 @@ class CheckedPrompt:
     folder: str
     checks: Sequence[Check]
     prompt: Prompt | None = None
-
-    @property
-    def group(self) -> str:
-        """Group of its checks."""
-        return f"prompt {self.name}"
 
 
 def run_checks(
@@ -128,7 +124,18 @@ def run_checks(
     yield from check_packages()
     yield from check_machine()
     yield from check_extras()
-    loaded = yield from _check_own_backbone(backbone, options or LoadOptions(), read, progress)
+    name, options = backbone, options or LoadOptions()
+    own = next((item.prompt.backbone for item in read if item.prompt is not None and item.prompt.backbone), None)
+    if name is None and own is not None:
+        name, options = own.name, replace(options, revision=options.revision or own.revision)
+    with progress("looking for the backbone"):
+        location = find_backbone(name or sources.BACKBONE, options, is_default=name is None)
+    yield location
+    loaded = None
+    if location.status == "ok":
+        with progress(f"loading {name or sources.BACKBONE}"):
+            loaded, checks = check_backbone(name or sources.BACKBONE, options)
+        yield from checks
     for prompt in read:
         yield from prompt.checks
         if loaded is not None:
@@ -136,10 +143,10 @@ def run_checks(
                 fit = list(check_fit(prompt, loaded))
             yield from fit
     if server is not None:
-        checks = check_server(server, read, loaded)
+        answers = check_server(server, read, loaded)
         while True:
             with progress("asking the server"):
-                check = next(checks, None)
+                check = next(answers, None)
             if check is None:
                 return
             yield check
@@ -151,10 +158,9 @@ def check_packages() -> Iterator[Check]:
     try:
         python, wanted = platform.python_version(), metadata.metadata(PACKAGE)["Requires-Python"] or ""
         yield Check("versions", PACKAGE, "ok", VERSION)
-        if SpecifierSet(wanted).contains(python, prereleases=True):
-            yield Check("versions", "python", "ok", python)
-        else:
-            yield Check("versions", "python", "failed", f"{python}; needed: {wanted}", f"install Python {wanted}")
+        fits = SpecifierSet(wanted).contains(python, prereleases=True)
+        detail = f"{python}; needed: {wanted}"
+        yield Check("versions", "python", "ok" if fits else "failed", detail, f"install Python {wanted}")
         own = _requirements(PACKAGE)
         for requirement in (*own[""], *own.get("lora", ())):
             needed[requirement.name] = requirement.specifier
@@ -166,33 +172,29 @@ def check_packages() -> Iterator[Check]:
             name = requirement.name.replace("_", "-")
             needed[name] = needed.get(name, SpecifierSet()) & requirement.specifier
     for name, tested in tested_versions().items():
-        version, wanted_versions = _installed(name), needed.get(name, SpecifierSet())
-        install = f"pip install '{name}=={tested}'"
-        if version is None and name in OPTIONAL:
-            yield Check("versions", name, "ok", f"not installed; needed for {OPTIONAL[name]}")
-        elif version is None:
-            yield Check("versions", name, "failed", "not installed", install)
-        elif not wanted_versions.contains(version, prereleases=True):
-            yield Check("versions", name, "failed", f"{version}; needed: {wanted_versions}", install)
+        version, install = _installed(name), f"pip install '{name}=={tested}'"
+        status: Status = "ok"
+        detail = f"{version} (tested: {tested})"
+        if version is None:
+            status = "ok" if name in OPTIONAL else "failed"
+            detail = f"not installed; needed for {OPTIONAL[name]}" if name in OPTIONAL else "not installed"
+        elif not needed.get(name, SpecifierSet()).contains(version, prereleases=True):
+            status, detail = "failed", f"{version}; needed: {needed[name]}"
         elif _series(version) > _series(tested):
-            detail = f"{version} is newer than the tested {tested}"
-            yield Check("versions", name, "warning", detail, f"if something fails: {install}")
-        else:
-            yield Check("versions", name, "ok", f"{version} (tested: {tested})")
+            status, detail = "warning", f"{version} is newer than the tested {tested}"
+            install = f"if something fails: {install}"
+        yield Check("versions", name, status, detail, install)
 
 
 def check_extras() -> Iterator[Check]:
     """List the optional extras; a missing one is no fault."""
-    try:
-        requirements = _requirements(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return
-    for extra, needs in requirements.items():
-        missing = [need.name for need in needs if _installed(need.name) is None]
-        if extra and all(need.name != PACKAGE for need in needs):  # an extra of extras is for developers
-            install = f"pip install '{PACKAGE}[{extra}]'"
-            detail = f"not installed (missing: {', '.join(missing)}): {install}" if missing else "installed"
-            yield Check("extras", extra, "ok", detail)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for extra, needs in _requirements(PACKAGE).items():
+            missing = [need.name for need in needs if _installed(need.name) is None]
+            if extra and all(need.name != PACKAGE for need in needs):  # an extra of extras is for developers
+                install = f"pip install '{PACKAGE}[{extra}]'"
+                detail = f"not installed (missing: {', '.join(missing)}): {install}" if missing else "installed"
+                yield Check("extras", extra, "ok", detail)
 
 
 def tested_versions() -> dict[str, str]:
@@ -234,44 +236,34 @@ def check_machine() -> Iterator[Check]:
     """Check cores, threads, memory, disk, units for bfloat16 and GPUs."""
     cores, total_cores, threads = usable_cores(), os.cpu_count() or 1, torch.get_num_threads()
     yield Check("machine", "cores", "ok", f"{total_cores}" if cores >= total_cores else f"{cores:g} of {total_cores}")
-    if threads > math.ceil(cores):
-        detail = f"torch uses {threads} threads on {cores:g} cores, which slows it down"
-        yield Check("machine", "threads", "warning", detail, f"export OMP_NUM_THREADS={max(1, int(cores))}")
-    else:
-        yield Check("machine", "threads", "ok", f"torch uses {threads}")
+    is_slow = threads > math.ceil(cores)
+    detail = f"torch uses {threads} threads" + (f" on {cores:g} cores, which slows it down" if is_slow else "")
+    remedy = f"export OMP_NUM_THREADS={max(1, int(cores))}"
+    yield Check("machine", "threads", "warning" if is_slow else "ok", detail, remedy)
     memory = psutil.virtual_memory()
     detail = f"{_gigabytes(memory.available)} free of {_gigabytes(memory.total)}"
-    if memory.available < MIN_FREE_BYTES:
-        remedy = "end other programs, or take a smaller backbone or dtype=bfloat16"
-        yield Check("machine", "memory", "warning", detail, remedy)
-    else:
-        yield Check("machine", "memory", "ok", detail)
-    yield _check_disk(sources.cache_root())
-    vectors = torch.backends.cpu.get_cpu_capability()
-    yield Check("machine", "units", "ok", f"{vectors}; for products in bfloat16: {', '.join(units()) or 'none'}")
-    if torch.backends.mps.is_available():
-        yield Check("machine", "gpu", "ok", "Apple's (mps)")
-    elif not torch.cuda.is_available():
-        yield Check("machine", "gpu", "ok", "none")
-    for index in range(torch.cuda.device_count()):
-        unused, size = torch.cuda.mem_get_info(index)
-        detail = f"{torch.cuda.get_device_name(index)}, {_gigabytes(unused)} free of {_gigabytes(size)}"
-        yield Check("machine", f"cuda:{index}", "ok", detail)
-
-
-def _check_disk(cache: Path) -> Check:
+    remedy = "end other programs, or take a smaller backbone or dtype=bfloat16"
+    yield Check("machine", "memory", "warning" if memory.available < MIN_FREE_BYTES else "ok", detail, remedy)
+    cache = sources.cache_root()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    move = "use another folder for the cache: export XDG_CACHE_HOME=DIR"
+    remedy = "use another folder for the cache: export XDG_CACHE_HOME=DIR"
     try:
         free = shutil.disk_usage(existing).free
+        detail, is_low = f"{_gigabytes(free)} free for the cache, {cache}", free < MIN_FREE_BYTES
+        if not os.access(existing, os.W_OK):
+            detail, is_low = f"{detail}, which cannot be written", True
     except OSError as error:
-        return Check("machine", "disk", "warning", f"cannot look at {cache}: {error.strerror}", move)
-    detail = f"{_gigabytes(free)} free for the cache, {cache}"
-    if not os.access(existing, os.W_OK):
-        return Check("machine", "disk", "warning", f"{detail}, which cannot be written", move)
-    if free < MIN_FREE_BYTES:
-        return Check("machine", "disk", "warning", detail, f"free some space, or {move}")
-    return Check("machine", "disk", "ok", detail)
+        detail, is_low = f"cannot read {cache}: {error.strerror}", True
+    yield Check("machine", "disk", "warning" if is_low else "ok", detail, remedy)
+    vectors = torch.backends.cpu.get_cpu_capability()
+    yield Check("machine", "units", "ok", f"{vectors}; for products in bfloat16: {', '.join(units()) or 'none'}")
+    gpus = {"gpu": "Apple's (mps)"} if torch.backends.mps.is_available() else {}
+    for index in range(torch.cuda.device_count()):
+        unused, size = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        gpus[f"cuda:{index}"] = f"{name}, {_gigabytes(unused)} free of {_gigabytes(size)}"
+    for name, detail in (gpus or {"gpu": "none"}).items():
+        yield Check("machine", name, "ok", detail)
 
 
 def usable_cores() -> float:
@@ -286,24 +278,6 @@ def usable_cores() -> float:
 
 def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
-
-
-def _check_own_backbone(
-    name: str | None, options: LoadOptions, prompts: Sequence[CheckedPrompt], progress: Progress
-) -> Generator[Check, None, Backbone | None]:
-    """Choose, find and load the backbone."""
-    own = next((read.prompt.backbone for read in prompts if read.prompt is not None and read.prompt.backbone), None)
-    if name is None and own is not None:
-        name, options = own.name, replace(options, revision=options.revision or own.revision)
-    with progress("looking for the backbone"):
-        location = find_backbone(name or sources.BACKBONE, options, is_default=name is None)
-    yield location
-    if location.status != "ok":
-        return None
-    with progress(f"loading {name or sources.BACKBONE}"):
-        backbone, checks = check_backbone(name or sources.BACKBONE, options)
-    yield from checks
-    return backbone
 
 
 def find_backbone(name: str, options: LoadOptions, *, is_default: bool = False) -> Check:
@@ -336,7 +310,7 @@ def check_backbone(name: str, options: LoadOptions) -> tuple[Backbone | None, li
     head = type(backbone.model).__name__
     family = next((family for family in families() if family.head == head), None)
     either = "on either side" if backbone.kind == "encoder-decoder" else "anywhere"
-    slots = either if family is None else family.slots
+    slots = f"{either}; not a tested family" if family is None else family.slots
     reason = f" ({backbone.dtype_reason})" if backbone.dtype_reason else ""
     details = {
         "loads": f"in {time.perf_counter() - began:.1f} s on {backbone.device}: "
@@ -345,8 +319,7 @@ def check_backbone(name: str, options: LoadOptions) -> tuple[Backbone | None, li
         "kind": f"{backbone.kind}, {head}, {backbone.parameters / 1e6:,.1f} M weights",
         "sizes": f"width {backbone.width:,}, vocabulary {backbone.vocabulary:,}, "
         f"rows of {backbone.tokenizer.max_tokens:,} tokens at most",
-        "slots": f"{slots}; it {'fills masks' if backbone.kind in FILLS_MASKS else 'writes answers'}"
-        f"{'' if family is not None else '; not a tested family'}",
+        "slots": f"{'fills masks' if backbone.kind in FILLS_MASKS else 'generates answers'}; slots {slots}",
     }
     return backbone, [Check("backbone", check, "ok", detail) for check, detail in details.items()]
 
@@ -362,9 +335,8 @@ def read_prompts(folders_or_parents: Iterable[str]) -> list[CheckedPrompt]:
         if os.path.isdir(source) and not has_prompt(folder):
             with contextlib.suppress(OSError):
                 inner = list(prompt_folders(folder))
-        if inner:
-            folders += [(path.relative_to(folder).as_posix(), str(path)) for path in inner]
-        else:
+        folders += [(path.relative_to(folder).as_posix(), str(path)) for path in inner]
+        if not inner:
             path = Path(os.path.abspath(source))
             folders.append(((path.parent if path.name == PROMPT_FOLDER else path).name or source, source))
     names = [name for name, _ in folders]
@@ -373,34 +345,26 @@ def read_prompts(folders_or_parents: Iterable[str]) -> list[CheckedPrompt]:
 
 def _read_one(name: str, folder: str) -> CheckedPrompt:
     group, again = f"prompt {name}", "copy the whole folder again, or train the prompt again"
+    checks: list[Check] = []
     try:
         stored = read_prompt(find_prompt(folder, LoadOptions()))
-    except PTuningError as error:
-        remedy = again if has_prompt(Path(folder)) else "name the folder of a prompt, of its run, or of many prompts"
-        return CheckedPrompt(name, folder, [Check(group, "files", "failed", str(error), remedy)])
-    weights = stored.manifest.weights
-    hashes = [stored.manifest.vectors_sha256, *(weights.sha256.values() if weights is not None else ())]
-    checksums = f"sha256 {', '.join(digest[:12] for digest in hashes)} as in {MANIFEST_FILE}"
-    checks = [Check(group, "files", "ok", f"{folder}: {checksums}")]
-    vectors = stored.vectors
-    if vectors is not None and vectors.dtype == torch.float32:
-        bad = (~vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
-        if bad:
-            detail = f"NaN or infinity in slot {bad[0] + 1} of {len(vectors)}, so every answer is NaN"
-            remedy = "train the prompt again with a lower learning rate, or in float32"
-            return CheckedPrompt(name, folder, [*checks, Check(group, "vectors", "failed", detail, remedy)])
-        checks.append(Check(group, "vectors", "ok", f"{len(vectors)} slots, {vectors.shape[1]} wide, all finite"))
-    try:
+        hashes = [stored.manifest.vectors_sha256]
+        if stored.manifest.weights is not None:
+            hashes += stored.manifest.weights.sha256.values()
+        listed = ", ".join(digest[:12] for digest in hashes)
+        checks.append(Check(group, "files", "ok", f"{folder}: sha256 {listed} as in {MANIFEST_FILE}"))
         prompt = Prompt.from_stored(stored)
     except PTuningError as error:
-        return CheckedPrompt(name, folder, [*checks, Check(group, MANIFEST_FILE, "failed", str(error), again)])
-    checks.append(Check(group, MANIFEST_FILE, "ok", f"template {prompt.template}"))
+        remedy = again if has_prompt(Path(folder)) else "name the folder of a prompt, of its run, or of many prompts"
+        check = Check(group, MANIFEST_FILE if checks else "files", "failed", str(error), remedy)
+        return CheckedPrompt(name, folder, [*checks, check])
+    checks.append(Check(group, MANIFEST_FILE, "ok", f"{prompt.slots} slots, template {prompt.template}"))
     return CheckedPrompt(name, folder, checks, prompt)
 
 
 def check_fit(read: CheckedPrompt, backbone: Backbone) -> Iterator[Check]:
     """Check that a prompt belongs to a backbone, and how its tokenizer reads it."""
-    prompt, group = read.prompt, read.group
+    prompt, group = read.prompt, f"prompt {read.name}"
     if prompt is None:
         return
     own = prompt.backbone
@@ -421,26 +385,23 @@ def check_fit(read: CheckedPrompt, backbone: Backbone) -> Iterator[Check]:
     if prompt.slot_vectors is not None and prompt.slots:
         ratios = prompt.slot_vectors.norm(dim=-1) / backbone.table_statistics.norm  # (P,)
         detail = f"{float(ratios.min()):.2f} to {float(ratios.max()):.2f} times the mean norm of a token"
-        if ratios.min() < MIN_NORM or ratios.max() > MAX_NORM:
-            remedy = f"{MIN_NORM:g} to {MAX_NORM:g} is usual: score it (ptuning eval), or train with a lower rate"
-            yield Check(group, "norm", "warning", detail, remedy)
-        else:
-            yield Check(group, "norm", "ok", detail)
-    yield _check_answers(prompt, group, bound)
-
-
-def _check_answers(prompt: Prompt, group: str, bound: TokenizedTemplate) -> Check:
+        is_odd = bool(ratios.min() < MIN_NORM or ratios.max() > MAX_NORM)
+        remedy = f"{MIN_NORM:g} to {MAX_NORM:g} is usual: score it (ptuning eval), or train with a lower rate"
+        yield Check(group, "norm", "warning" if is_odd else "ok", detail, remedy)
     words = prompt.label_words
     if prompt.answer_space.has_choices:
-        return Check(group, "answers", "ok", "the choices that each row brings")
-    if words is None:
-        return Check(group, "answers", "ok", f"written; the longest target had {prompt.target_tokens} tokens")
-    try:
-        with torch.no_grad():
-            known = words.check_known(words.examples(bound, made_record(prompt)[0]))
-    except PTuningError as error:
-        return Check(group, "answers", "failed", str(error), "train it again with other label words")
-    return Check(group, "answers", "ok", f"{len(words.labels)} labels with {len(known)} words, all distinguishable")
+        yield Check(group, "answers", "ok", "the choices that each row brings")
+    elif words is None:
+        detail = f"generated; the longest target had {prompt.target_tokens} tokens"
+        yield Check(group, "answers", "ok", detail)
+    else:
+        try:
+            with torch.no_grad():
+                count = len(words.check_known(words.examples(bound, made_record(prompt)[0])))
+            detail = f"{len(words.labels)} labels with {count} words, all distinguishable"
+            yield Check(group, "answers", "ok", detail)
+        except PTuningError as error:
+            yield Check(group, "answers", "failed", str(error), "train it again with other label words")
 
 
 @dataclass(frozen=True)
@@ -481,13 +442,8 @@ class Server:
             parsed = httpx2.URL("")
         if parsed.userinfo:
             raise ConfigError("the URL holds a password; keys are read from a file")
-        if (
-            parsed.scheme not in ("http", "https")
-            or not parsed.host
-            or parsed.query
-            or parsed.fragment
-            or not 0 < (parsed.port or 80) < 65536
-        ):
+        is_address = parsed.scheme in ("http", "https") and parsed.host and not (parsed.query or parsed.fragment)
+        if not is_address or not 0 < (parsed.port or 80) < 65536:
             raise ConfigError(f"'{url}' is not the URL of a server, such as http://127.0.0.1:{PORT}")
         # The address that OpenAI's clients are given ends in /v1.
         self.url = str(parsed.copy_with(path=parsed.path.rstrip("/").removesuffix("/v1"))).rstrip("/")
@@ -498,7 +454,7 @@ class Server:
         return self._request("GET", path, None, SECONDS)
 
     def post(self, path: str, body: Mapping[str, Json]) -> Answer:
-        """Ask for something to be computed."""
+        """Send a request that takes a computation."""
         return self._request("POST", path, body, ANSWER_SECONDS)
 
     def _request(self, method: str, path: str, body: Mapping[str, Json] | None, seconds: float) -> Answer:
@@ -531,77 +487,85 @@ class Server:
 def check_server(server: Server, prompts: Sequence[CheckedPrompt], backbone: Backbone | None) -> Iterator[Check]:
     """Check a server, and compare its answers with those of the prompts in this process."""
     health = server.get("/health")
-    if health.status == 200:
-        yield Check("server", "health", "ok", "alive")
-    else:
-        remedy = READ_LOG if health.status >= 400 else "see whether it runs, and whether the URL is its own address"
-        yield Check("server", "health", "failed", health.description, remedy)
-        if health.status < 400:
-            return
-    ready = server.get("/ready")
-    if ready.status == 200:
-        yield Check("server", "ready", "ok", "takes requests")
-    elif ready.status != 404:  # other servers have no such page
-        remedy = "it is loading or ending: try again in a minute" if ready.status == 503 else READ_LOG
-        yield Check("server", "ready", "failed", ready.description, remedy)
-    version = server.get("/version")
-    if version.is_ok:
-        number = version.body.get("version") if isinstance(version.body, Mapping) else None
-        yield Check("server", "version", "ok", f"{number}")
-    elif version.status != 404:
-        yield Check("server", "version", "failed", version.description, READ_LOG)
-    models = server.get("/v1/models")
-    try:
-        names = [str(model["id"]) for model in models.body["data"]] if models.is_ok else None
-    except (KeyError, TypeError):
-        models, names = replace(models, problem="not a list of models, as OpenAI's clients read it"), None
-    if names is None:
-        remedy = GIVE_KEY if models.status in (401, 403) else "see whether the URL is the address of a model server"
-        yield Check("server", "models", "failed", models.description, remedy)
+    yield _page("health", health, "alive", READ_LOG if health.status >= 400 else "check that it runs, and the URL")
+    if health.status < 400 and health.status != 200:
         return
+    ready, version, models = (server.get(path) for path in ("/ready", "/version", "/v1/models"))
+    if ready.status != 404:  # other servers have no such page
+        remedy = "it is loading or ending: try again in a minute" if ready.status == 503 else READ_LOG
+        yield _page("ready", ready, "takes requests", remedy)
+    if version.status != 404:
+        number = version.body.get("version") if isinstance(version.body, Mapping) else None
+        yield _page("version", version, f"{number}", READ_LOG)
+    names: list[str] = []
+    try:
+        names = [str(model["id"]) for model in models.body["data"]] if models.is_ok else []
+    except (KeyError, TypeError):
+        models = replace(models, problem="not a list of models, as OpenAI's clients read it")
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    yield Check("server", "models", "ok", f"{len(names)}: {listed}" if names else "none")
+    remedy = GIVE_KEY if models.status in (401, 403) else "check that the URL is the address of a model server"
+    yield _page("models", models, f"{len(names)}: {listed}" if names else "none", remedy)
+    if not models.is_ok:
+        return
     timed: Mapping[str, Json] | None = None
     for read in prompts:
         if read.prompt is None or backbone is None:
             continue
-        check, request, answered = _compare(server, read, read.prompt, backbone, names)
+        check, request, answered = _compare(server, read.name, read.prompt, backbone, names)
         timed = request if timed is None and request is not None and check.status == "ok" else timed
         yield check
         if not answered:  # nor will it answer the others, and each takes its time
             return
-    yield _check_latency(server, timed)
+    what = "GET /health" if timed is None else f"one record of {timed['model']}"
+    milliseconds = []
+    for _ in range(TIMED_REQUESTS):
+        answer = server.get("/health") if timed is None else server.post("/v1/predict", timed)
+        if answer.status != 200:
+            yield Check("server", "latency", "failed", f"{what}: {answer.description}", READ_LOG)
+            return
+        milliseconds.append(1000 * answer.seconds)
+    median, worst = statistics.median(milliseconds), max(milliseconds)
+    detail = f"{what}: median {median:.1f} ms, worst {worst:.1f} ms of {TIMED_REQUESTS} requests"
+    yield Check("server", "latency", "ok", detail)
+
+
+def _page(name: str, answer: Answer, detail: str, remedy: str) -> Check:
+    """Check a page of the server, which must have an answer of status 200 without a problem; health needs no JSON."""
+    if answer.is_ok or (name == "health" and answer.status == 200):
+        return Check("server", name, "ok", detail)
+    return Check("server", name, "failed", answer.description, remedy)
 
 
 def _compare(
-    server: Server, read: CheckedPrompt, prompt: Prompt, backbone: Backbone, served: Sequence[str]
+    server: Server, name: str, prompt: Prompt, backbone: Backbone, served: Sequence[str]
 ) -> tuple[Check, Mapping[str, Json] | None, bool]:
     """Compare the server's answer to a made-up record with that in process. Return the check, the request if one was
     sent, and whether the server answered.
     """
-    name = f"answer of {read.name}"
-    if read.name not in served:
+
+    def check(status: Status, detail: str, remedy: str = "") -> Check:
+        return Check("server", f"answer of {name}", status, detail, remedy)
+
+    if name not in served:
         remedy = "load it there, or check its name"
-        return Check("server", name, "warning", "the server has no prompt of this name", remedy), None, True
+        return check("warning", "the server has no prompt of this name", remedy), None, True
     fields = [] if prompt.answer_space.has_choices else list(typed_fields(prompt))
     if prompt.answer_space.has_choices or (prompt.task is not None and len(fields) != 1):
-        detail = "not compared: no row of its task can be made up"
-        return Check("server", name, "ok", detail), None, True
-    texts: dict[str, Json] = {field: field for field in fields}
+        return check("ok", "not compared: no row of its task can be made up"), None, True
     top_k = 1 if prompt.label_words is None else min(len(prompt.label_words.labels), COMPARED_ANSWERS)
+    texts = {field: field for field in fields}
     # A text fills the one field of a task, whatever the column of its files is called.
-    record: Json = texts if prompt.task is None else fields[0]
-    request: dict[str, Json] = {"model": read.name, "records": [record], "top_k": top_k}
-    questions = InferenceInputs.typed(prompt, {field: field for field in fields}, where="the template").questions
+    record: Json = {**texts} if prompt.task is None else fields[0]
+    request: dict[str, Json] = {"model": name, "records": [record], "top_k": top_k}
     try:
+        questions = InferenceInputs.typed(prompt, texts, where="the template").questions
         expected = PromptModel(backbone).predict(questions, prompt, top_k=top_k)[0]
     except PTuningError as error:
-        detail = f"not answered in process: {error}"
-        return Check("server", name, "failed", detail, "see the checks of the prompt"), None, True
+        return check("failed", f"not answered in process: {error}", "see the checks of the prompt"), None, True
     answer = server.post("/v1/predict", request)
     if not answer.is_ok:
         remedy = GIVE_KEY if answer.status in (401, 403) else READ_LOG
-        return Check("server", name, "failed", answer.description, remedy), request, answer.status != 0
+        return check("failed", answer.description, remedy), request, answer.status != 0
     try:
         row = answer.body["predictions"][0]
         text, log_probs = row["prediction"], {each["text"]: float(each["log_prob"]) for each in row["candidates"]}
@@ -609,29 +573,15 @@ def _compare(
             raise TypeError
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         detail = "no predictions as ptuning predict --json prints them"
-        return Check("server", name, "failed", detail, "update the server"), request, True
+        return check("failed", detail, "update the server"), request, True
     own = {candidate.text: candidate.log_prob for candidate in expected.candidates}
     gaps = [abs(log_probs.get(each, math.nan) - own[each]) for each in own]
+    if text == expected.text and len(own) == len(log_probs) and all(gap <= TOLERANCE for gap in gaps):  # a NaN is not
+        detail = f"{text!r} as in process; log-probabilities differ by {max(gaps):.1g} at most"
+        return check("ok", detail), request, True
     if text != expected.text:
         detail = f"{text!r} there, {expected.text!r} in process"
-    elif len(own) != len(log_probs) or not all(gap <= TOLERANCE for gap in gaps):  # also if one is NaN
-        detail = f"{text!r} in both; other candidates, or log-probabilities that differ by {max(gaps):.2g}"
     else:
-        detail = f"{text!r} as in process; log-probabilities differ by {max(gaps):.1g} at most"
-        return Check("server", name, "ok", detail), request, True
+        detail = f"{text!r} in both; other candidates, or log-probabilities that differ by {max(gaps):.2g}"
     remedy = "serve this folder with this backbone, as it was loaded here, and the same version of ptuning"
-    return Check("server", name, "failed", detail, remedy), request, True
-
-
-def _check_latency(server: Server, request: Mapping[str, Json] | None) -> Check:
-    """Measure how long an answer takes: of a prompt if one was compared, else of ``/health``."""
-    what = "GET /health" if request is None else f"one record of {request['model']}"
-    milliseconds = []
-    for _ in range(TIMED_REQUESTS):
-        answer = server.get("/health") if request is None else server.post("/v1/predict", request)
-        if answer.status != 200:
-            return Check("server", "latency", "failed", f"{what}: {answer.description}", READ_LOG)
-        milliseconds.append(1000 * answer.seconds)
-    median, worst = statistics.median(milliseconds), max(milliseconds)
-    detail = f"{what}: median {median:.1f} ms, worst {worst:.1f} ms of {TIMED_REQUESTS} requests"
-    return Check("server", "latency", "ok", detail)
+    return check("failed", detail, remedy), request, True

@@ -1,8 +1,9 @@
-"""What the tests of the doctor share: a stand-in for a server of language models, and prompts with a fault each."""
+"""A stand-in for a server of language models, and prompts with a fault each."""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions
 from ptuning.doctor import Check
-from ptuning.files import sha256
-from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
+from ptuning.names import MANIFEST_FILE, VECTORS_FILE
 from ptuning.prompt.inputs import InferenceInputs, typed_fields
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -27,7 +26,7 @@ from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from tests.conftest import WARM, learned
 
-# What a page answers: status and JSON, or raw bytes with headers of its own.
+# Answer of a page: status and JSON, or raw bytes with headers of its own.
 Page = tuple[int, Any] | tuple[int, bytes, dict[str, str]]
 
 
@@ -49,27 +48,27 @@ class StandIn:
         self.seen.append((page, key))
         if self.key is not None and page not in ("GET /health", "GET /ready") and key != f"Bearer {self.key}":
             return 401, {"error": {"message": "no such key", "type": "invalid_request_error"}}
-        found = self.pages.get(page, (404, {"error": {"message": "Not Found"}}))
-        return found(json.loads(body)) if callable(found) else found
+        answer = self.pages.get(page, (404, {"error": {"message": "Not Found"}}))
+        return answer(json.loads(body)) if callable(answer) else answer
 
 
 @pytest.fixture
 def stand_in() -> Iterator[StandIn]:
     """Serve a stand-in on this machine."""
-    one = StandIn({"GET /health": (200, None), "GET /ready": (200, {"status": "ready"})})
+    server_pages = StandIn({"GET /health": (200, None), "GET /ready": (200, {"status": "ready"})})
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            found = one.answer(f"{self.command} {self.path}", self.headers.get("Authorization"), body)
-            data = found[1] if isinstance(found[1], bytes) else json.dumps(found[1]).encode()
-            self.send_response(found[0])
-            for name, value in (found[2] if len(found) == 3 else {}).items():
+            answer = server_pages.answer(f"{self.command} {self.path}", self.headers.get("Authorization"), body)
+            data = answer[1] if isinstance(answer[1], bytes) else json.dumps(answer[1]).encode()
+            self.send_response(answer[0])
+            for name, value in (answer[2] if len(answer) == 3 else {}).items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            if one.slow == self.path:
-                while not one.released.wait(0.01):
+            if server_pages.slow == self.path:
+                while not server_pages.released.wait(0.01):
                     self.wfile.write(b" ")
                 return
             self.wfile.write(data)
@@ -88,32 +87,32 @@ def stand_in() -> Iterator[StandIn]:
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    one.url = f"http://127.0.0.1:{server.server_port}"
+    server_pages.url = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield one
+        yield server_pages
     finally:
-        one.released.set()
+        server_pages.released.set()
         server.shutdown()
         thread.join()
         server.server_close()
 
 
-def serves(one: StandIn, backbone: Backbone, prompts: Mapping[str, Prompt], **changed: Any) -> None:
+def serves(server: StandIn, backbone: Backbone, prompts: Mapping[str, Prompt], **changed: Any) -> None:
     """Let a stand-in answer as `ptuning serve` does, with prompts of a backbone; ``changed`` replaces parts of its
     first prediction.
     """
     model = PromptModel(backbone)
 
-    def predict(asked: Any) -> Page:
-        prompt = prompts[asked["model"]]
-        rows = [one if isinstance(one, dict) else {typed_fields(prompt)[0]: one} for one in asked["records"]]
+    def predict(body: Any) -> Page:
+        prompt = prompts[body["model"]]
+        rows = [row if isinstance(row, dict) else {typed_fields(prompt)[0]: row} for row in body["records"]]
         questions = [InferenceInputs.typed(prompt, row, where="here").questions[0] for row in rows]
-        found = model.predict(Questions(questions), prompt, top_k=asked["top_k"])
-        shown = [one.to_json() for one in found]
-        return 200, {"predictions": [{**shown[0], **changed}, *shown[1:]]}
+        predictions = model.predict(Questions(questions), prompt, top_k=body["top_k"])
+        first, *others = [prediction.to_json() for prediction in predictions]
+        return 200, {"predictions": [{**first, **changed}, *others]}
 
     listed = [{"id": name, "object": "model", "owned_by": "ptuning"} for name in prompts]
-    one.pages |= {
+    server.pages |= {
         "GET /version": (200, {"version": "0.1.0"}),
         "GET /v1/models": (200, {"object": "list", "data": listed}),
         "POST /v1/predict": predict,
@@ -122,12 +121,12 @@ def serves(one: StandIn, backbone: Backbone, prompts: Mapping[str, Prompt], **ch
 
 def named(checks: list[Check]) -> dict[str, Check]:
     """Return checks by their names, which differ."""
-    found = {one.name: one for one in checks}
-    assert len(found) == len(checks), [one.name for one in checks]
-    for one in checks:
-        assert (one.remedy == "") == (one.status == "ok"), one
-        assert "\n" not in one.detail + one.remedy
-    return found
+    by_name = {check.name: check for check in checks}
+    assert len(by_name) == len(checks), [check.name for check in checks]
+    for check in checks:
+        assert (check.remedy == "") == (check.status == "ok"), check
+        assert "\n" not in check.detail + check.remedy
+    return by_name
 
 
 def prompts_of(backbone: Backbone) -> dict[str, Prompt]:
@@ -138,63 +137,25 @@ def prompts_of(backbone: Backbone) -> dict[str, Prompt]:
     return {"facts": learned(backbone, WARM), "moods": labels}
 
 
-def _truncated(folder: Path, _: Backbone) -> None:
-    file = folder / VECTORS_FILE
-    file.write_bytes(file.read_bytes()[:-7])
+def rewrite(folder: Path, **changed: Any) -> None:
+    """Change values of a prompt's manifest."""
+    file = folder / MANIFEST_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changed}), encoding="utf-8")
 
 
-def _changed(folder: Path, _: Backbone) -> None:
-    file = folder / VECTORS_FILE
-    data = bytearray(file.read_bytes())
-    data[-2] ^= 1
-    file.write_bytes(bytes(data))
+OTHER: dict[str, Any] = {"name": "other/model", "revision": None, "fingerprint": "0" * 16 + "-" + "1" * 16, "loaded": {}}
 
 
-def _not_finite(folder: Path, _: Backbone) -> None:
-    file = folder / VECTORS_FILE
-    vectors = safetensors.torch.load_file(file)[VECTORS_KEY]
-    vectors[1, 3] = torch.nan
-    file.write_bytes(safetensors.torch.save({VECTORS_KEY: vectors}, {"format": "pt"}))
-    _rewrite(folder, vectors_sha256=sha256(file.read_bytes()))
-
-
-def _no_template(folder: Path, _: Backbone) -> None:
-    _rewrite(folder, template="[P*3 [X] [Y]")
-
-
-def _other_backbone(folder: Path, _: Backbone) -> None:
-    other: dict[str, Any] = {
-        "name": "other/model",
-        "revision": None,
-        "fingerprint": "0" * 16 + "-" + "1" * 16,
-        "loaded": {},
-    }
-    _rewrite(folder, backbone=other)
-
-
-def _other_slots(folder: Path, backbone: Backbone) -> None:
+def _fewer_vectors(folder: Path, backbone: Backbone) -> None:
     """As if words that slots start at were one token more to this tokenizer."""
     vectors = torch.ones(2, backbone.width)
     Prompt(Template.parse(WARM), vectors, BackboneId.of(backbone), method="test").save(folder, overwrite=True)
 
 
-def _unknown_words(folder: Path, _: Backbone) -> None:
-    _rewrite(folder, label_words={"good": ["great"], "bad": [" great "]})
-
-
-def _rewrite(folder: Path, **changed: Any) -> None:
-    file = folder / MANIFEST_FILE
-    found = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**found, **changed}), encoding="utf-8")
-
-
-# A fault -> what makes it in a sound prompt's folder, the check that finds it, and what that says.
+# A fault -> a function that makes it in a sound prompt's folder, the check that finds it, and a fact in its detail.
 FAULTS: Mapping[str, tuple[Callable[[Path, Backbone], None], str, str]] = {
-    "cut off": (_truncated, "files", "its sha256 is not the one in prompt.json"),
-    "changed": (_changed, "files", "its sha256 is not the one in prompt.json"),
-    "NaN": (_not_finite, "vectors", "NaN or infinity in slot 2 of"),
-    "a template that cannot be read": (_no_template, "prompt.json", "is damaged"),
-    "another backbone": (_other_backbone, "backbone", "trained on other/model (0000000000000000-1111111111111111)"),
-    "slots of another tokenizer": (_other_slots, "tokenizer", "slots with this tokenizer, and the prompt has 2"),
-    "label words": (_unknown_words, "prompt.json", "the word 'great' is given twice"),
+    "cut off": (lambda folder, _: os.truncate(folder / VECTORS_FILE, 99), "files", "sha256"),
+    "manifest": (lambda folder, _: rewrite(folder, template="[P*3 [X] [Y]"), "prompt.json", "is damaged"),
+    "backbone": (lambda folder, _: rewrite(folder, backbone=OTHER), "backbone", "0000000000000000-1111111111111111"),
+    "slots of another tokenizer": (_fewer_vectors, "tokenizer", "the prompt has 2"),
 }

@@ -204,7 +204,7 @@ def test_sound_prompts_of_a_folder(folder: Path, causal: Backbone) -> None:
     assert [prompt.name for prompt in read] == ["facts", "moods", "team/facts"]  # as a server names them
     for prompt in read:
         checks = checks_of(prompt, causal)
-        assert list(checks) == ["files", "vectors", "prompt.json", "backbone", "tokenizer", "norm", "answers"]
+        assert list(checks) == ["files", "prompt.json", "backbone", "tokenizer", "norm", "answers"]
         assert {check.status for check in checks.values()} == {"ok"}
     # Two of one name are told apart by their folders.
     folders = [str(folder / "facts"), str(folder / "moods"), str(folder / "moods" / PROMPT_FOLDER)]

@@ -35,11 +35,11 @@ def test_checks_on_80_columns(prompts: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_fault_is_shown_with_its_remedy_and_ends_with_1(prompts: Path, causal: Backbone) -> None:
-    FAULTS["NaN"][0](prompts / "facts", causal)
+    FAULTS["manifest"][0](prompts / "facts", causal)
     done = call("doctor", prompts)
     assert (done.code, done.err) == (1, "")
-    assert "\n  failed  vectors " in done.out
-    assert "-> train the prompt again" in done.out
+    assert "\n  failed  prompt.json " in done.out
+    assert "-> copy the whole folder again" in done.out
     assert done.out.endswith("failed: 1\n")
     done = call("doctor", prompts, "--json")
     assert done.code == 1
@@ -47,7 +47,7 @@ def test_a_fault_is_shown_with_its_remedy_and_ends_with_1(prompts: Path, causal:
     assert found["failed"] == 1
     assert {tuple(check) for check in found["checks"]} == {("group", "name", "status", "detail", "remedy")}
     failed = [check for check in found["checks"] if check["status"] == "failed"]
-    assert [(check["group"], check["name"]) for check in failed] == [("prompt facts", "vectors")]
+    assert [(check["group"], check["name"]) for check in failed] == [("prompt facts", "prompt.json")]
 
 
 def test_a_server_is_asked_with_the_key(prompts: Path, causal: Backbone, stand_in: StandIn) -> None:  # noqa: F811
