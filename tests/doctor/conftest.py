@@ -143,7 +143,12 @@ def rewrite(folder: Path, **changed: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changed}), encoding="utf-8")
 
 
-OTHER: dict[str, Any] = {"name": "other/model", "revision": None, "fingerprint": "0" * 16 + "-" + "1" * 16, "loaded": {}}
+OTHER: dict[str, Any] = {
+    "name": "other/model",
+    "revision": None,
+    "fingerprint": "0000000000000000-1111111111111111",
+    "loaded": {},
+}
 
 
 def _fewer_vectors(folder: Path, backbone: Backbone) -> None:

@@ -21,8 +21,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.rows import Answering
-from ptuning.prompt.score import answer_records, token_ids_of
-from ptuning.prompt.score_generation import answers_identity
+from ptuning.prompt.score import answer_records, answers_identity, token_ids_of
 from ptuning.records import Records
 from ptuning.template.encode import Example
 from tests.conftest import bound, learned, plain_logits, spoken

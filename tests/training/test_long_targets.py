@@ -12,7 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import PTuningError
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.score_generation import score_generation
+from ptuning.prompt.score import score_generation
 from ptuning.records import Record, Records, as_records
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.training import prepare

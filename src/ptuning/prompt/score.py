@@ -1,10 +1,12 @@
-"""Scores of a prompt on records, with confidence intervals: exact match, accuracy, a task's metrics, and ranks."""
+"""Scores of a prompt on records, with confidence intervals: exact match, accuracy, a task's metrics, ranks, and metrics
+of generated texts.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -13,28 +15,36 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import batches
 from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.forward import shared_prefix_tokens, target_logits
 from ptuning.engine.objective import ScoringRequest, inputs_of, request_parts, target_requests, warn_truncated
+from ptuning.engine.prefix_store import PreparedPrompt
+from ptuning.engine.runner import generate
 from ptuning.engine.soft_prompt import PromptBatch
 from ptuning.errors import PromptError, RecordError
-from ptuning.files import Json
+from ptuning.files import Json, sha256
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
+from ptuning.metrics.generation import check_metrics, metrics_of, score_texts, value_of_texts
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
-from ptuning.records import TARGET_FIELD, Record, Records, Rows, plain, references_of, require_targets, target_of
+from ptuning.prompt.rows import Answering
+from ptuning.records import TARGET_FIELD, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.statistics import Score, score, summary
 from ptuning.template.ambiguity import is_distinguishable
 from ptuning.template.encode import TokenizedTemplate
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
 
-# Texts that are written together, and kept together if the work is stopped.
+# Texts that are generated together, and kept together if the work is stopped.
 WRITTEN_ROWS = 32
+# Mean number of references per record above which a text is generated first, to see which of them can be hits.
+# Source: docs/decisions.md, decision 74.
+MANY_REFERENCES = 3
 
 
 def answer_records(
@@ -48,11 +58,11 @@ def answer_records(
     num_beams: int = 1,
     report: OnProgress | None = None,
 ) -> list[Answer]:
-    """Answer N records, and rank each target among the possible answers. Written answers have no rank.
+    """Answer N records, and rank each target among the possible answers. Generated answers have no rank.
 
     If the prompt has label words or choices, these are the possible answers, and targets may be missing. Else they are
     ``closed``, or with ``single_token`` (all targets are one token each) all tokens, or any text of up to
-    ``max_tokens``, written with ``num_beams`` beams.
+    ``max_tokens``, generated with ``num_beams`` beams.
 
     Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
     """
@@ -61,29 +71,30 @@ def answer_records(
     model = model.for_prompt(prompt)
     if prompt.answer_space.is_closed:
         ranked = model.classify(questions, prompt)
-        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+        return [among_candidates(row.right, candidates) for row, candidates in zip(questions, ranked, strict=True)]
     bound = prompt.bind(model.backbone, force=model.force)
     learned = prompt.learned(model.backbone)
     if single_token:
         return _among_tokens(model.backbone, bound, learned, data, closed=closed, report=report)
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
-        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+        return [among_candidates(row.right, candidates) for row, candidates in zip(questions, ranked, strict=True)]
     settings = GenerationSettings(max_new_tokens=max_tokens, num_beams=num_beams)
-    written = [one for part in generate_parts(model, data, prompt, settings=settings, report=report) for one in part]
+    parts = generate_parts(model, data, prompt, settings=settings, report=report)
+    predictions = [prediction for part in parts for prediction in part]
     if not all(row.right for row in questions):  # read without targets
-        return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
-    items = target_requests(bound, data, with_stop=False)
-    found = evaluate(model.backbone, [items], learned, report=report, note=data.name)
-    found = of_any_reference(model.backbone, bound, data, learned, found, written=[one.text for one in written])
+        return [Answer(prediction.text, False, log_prob=prediction.log_prob) for prediction in predictions]
+    items, texts = target_requests(bound, data, with_stop=False), [prediction.text for prediction in predictions]
+    evaluation = evaluate(model.backbone, [items], learned, report=report, note=data.name)
+    evaluation = of_any_reference(model.backbone, bound, data, learned, evaluation, written=texts)
     return [
-        Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
-        for one, hit, known in zip(written, found.hits, found.known, strict=True)
+        Answer(prediction.text, bool(hit), log_prob=prediction.log_prob, known=known)
+        for prediction, hit, known in zip(predictions, evaluation.hits, evaluation.known, strict=True)
     ]
 
 
 def check_generates(prompt: Prompt) -> None:
-    """Raise a PromptError if a prompt chooses among labels or choices and writes nothing."""
+    """Raise a PromptError if a prompt chooses among labels or choices, and generates nothing."""
     if prompt.answer_space.is_closed:
         raise PromptError(
             f"the prompt answers with {prompt.answer_space.described} and writes no texts; use predict for its answers"
@@ -99,8 +110,8 @@ def generate_parts(
     done: int = 0,
     report: OnProgress | None = None,
 ) -> Iterator[list[Prediction]]:
-    """Yield what a prompt writes for N records, :data:`WRITTEN_ROWS` at a time; the first ``done`` records are left
-    out. A text does not depend on those beside it. A PromptError if the prompt writes no texts.
+    """Yield the predictions of a prompt for N records, :data:`WRITTEN_ROWS` at a time, without the first ``done``
+    records. A text does not depend on the others. A PromptError if the prompt generates no texts.
     """
     prompt, questions = as_prompt(prompt), as_questions(records)
     check_generates(prompt)
@@ -116,59 +127,60 @@ def of_any_reference(
     bound: TokenizedTemplate,
     records: Records,
     learned: PromptBatch,
-    found: Evaluation,
+    evaluation: Evaluation,
     *,
     written: Sequence[str] = (),
 ) -> Evaluation:
-    """Return how targets that are written were scored, with a hit where any reference of a record would be written; the
-    loss stays that of the first ones, which a prompt learns. ``written`` is what is written for each record, if that is
-    known: references that do not begin like it, nor it like them, are then not scored.
+    """Return an evaluation of targets with a hit where any reference of a record would be generated; the loss stays
+    that of the first ones, which a prompt learns. ``written`` are the generated texts, if they are known: references
+    that do not begin like them, nor they like them, are then not scored.
     """
-    # How many masks a masked model fills depends on the reference, so what it wrote elsewhere says nothing.
+    # The number of masks that a masked model fills depends on the reference, so its other texts say nothing.
     texts = written if written and backbone.kind not in FILLS_MASKS else None
     others = [
         (at, {**record, TARGET_FIELD: text})
         for at, record in enumerate(records)
-        if not found.hits[at]
+        if not evaluation.hits[at]
         for text in references_of(record)[1:]
         if texts is None or _begin_alike(texts[at], text)
     ]
     if not others:
-        return found
+        return evaluation
     rows = Records([record for _, record in others], name=records.name)
     scored = evaluate(backbone, [target_requests(bound, rows, with_stop=False)], learned)
-    hit = {at for (at, _), one in zip(others, scored.hits, strict=True) if one}
-    known = {at for (at, _), one in zip(others, scored.known, strict=True) if one}
+    hit = {at for (at, _), value in zip(others, scored.hits, strict=True) if value}
+    known = {at for (at, _), value in zip(others, scored.known, strict=True) if value}
     return replace(
-        found,
-        hits=tuple(1.0 if at in hit else one for at, one in enumerate(found.hits)),
-        known=tuple(one or at in known for at, one in enumerate(found.known)),
+        evaluation,
+        hits=tuple(1.0 if at in hit else value for at, value in enumerate(evaluation.hits)),
+        known=tuple(value or at in known for at, value in enumerate(evaluation.known)),
     )
 
 
-def _begin_alike(one: str, other: str) -> bool:
+def _begin_alike(*texts: str) -> bool:
     """Whether one of two texts begins with the other, by their letters and digits: tokenizers may change the rest."""
-    plain = (unicodedata.normalize("NFKD", text.casefold()) for text in (one, other))
+    plain = (unicodedata.normalize("NFKD", text.casefold()) for text in texts)
     left, right = ("".join(filter(str.isalnum, text)) for text in plain)
     return left.startswith(right) or right.startswith(left)
 
 
-def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
-    """Return the answer among sorted candidates. On a tie the right one ranks last, and so it does beside one that the
-    tokenizer does not tell from it; if none is right, or none of the right ones is known, the rank is 0.
+def among_candidates(right: Collection[str], candidates: Sequence[Candidate]) -> Answer:
+    """Return the answer among sorted candidates. On a tie the right one ranks last, also against one that the tokenizer
+    does not distinguish from it; if none is right, or none of the right ones is known, the rank is 0.
     """
-    others = [one for one in found if one.text.strip() not in right]
-    answers = [one for one in found if one.text.strip() in right]
-    own = next((one for one in answers if one.collisions is not None), None)
-    # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob or _collide(one, own) for one in others)
-    best = own if own is not None and rank == 1 else next(iter(others), found[0])
-    known = not answers or any(is_distinguishable(one.collisions, right) for one in answers)
+    others = [candidate for candidate in candidates if candidate.text.strip() not in right]
+    answers = [candidate for candidate in candidates if candidate.text.strip() in right]
+    own = next((candidate for candidate in answers if candidate.collisions is not None), None)
+    rank = 0
+    if own is not None:
+        rank = 1 + sum(
+            # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
+            not other.log_prob < own.log_prob or own.text.strip() in (other.collisions or ())
+            for other in others
+        )
+    best = own if own is not None and rank == 1 else next(iter(others), candidates[0])
+    known = not answers or any(is_distinguishable(candidate.collisions, right) for candidate in answers)
     return Answer(best.text.strip(), best is own, rank, best.log_prob, known=known)
-
-
-def _collide(one: Candidate, other: Candidate) -> bool:
-    return one.text.strip() in (other.collisions or ())
 
 
 @torch.no_grad()
@@ -205,8 +217,9 @@ def _among_tokens(
         best, places = log_probs.masked_fill(is_shared, -torch.inf).max(dim=-1)  # (N,), (N,)
         tokens = allowed[places].tolist()
         known = (is_known & (shared == 0)).tolist()
-        for index, rank, value, token, one in zip(chosen, ranks.tolist(), best.tolist(), tokens, known, strict=True):
-            answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value, known=one)
+        values = zip(chosen, ranks.tolist(), best.tolist(), tokens, known, strict=True)
+        for index, rank, value, token, can_hit in values:
+            answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value, known=can_hit)
         if report is not None:
             report(Progress("dev", len(answers), len(items), records.name))
     return [answers[index] for index in range(len(items))]
@@ -236,11 +249,6 @@ def _single_tokens(bound: TokenizedTemplate, records: Records, texts: Sequence[s
     return dict(ids)
 
 
-# References for each record above which a text is written first, to see which of them can be hits.
-# Source: docs/decisions.md, decision 74.
-MANY_REFERENCES = 3
-
-
 @dataclass(frozen=True)
 class Result:
     """Scores of a prompt on some records.
@@ -251,8 +259,8 @@ class Result:
     score. ``missing`` counts the records whose target is not a candidate; they are misses.
 
     ``rows`` has the answers, one of :func:`prediction_rows` per record: always those of labels and choices, others
-    where they were asked for. ``confusion`` is that of labels. Metrics for texts may have ``signatures``: what must be
-    equal for two scores to be compared.
+    on request. ``confusion`` is that of labels. Metrics for texts may have ``signatures``: two scores can be compared
+    if theirs are equal.
     """
 
     scores: Mapping[str, Score]
@@ -265,20 +273,20 @@ class Result:
 
     def to_json(self) -> dict[str, Json]:
         """Return the scores as ``eval --json`` prints them."""
-        found: dict[str, Json] = {
-            "scores": {name: found.to_json() for name, found in self.scores.items()},
+        values: dict[str, Json] = {
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
             "loss": self.loss,
             "targets_not_among_candidates": self.missing,
         }
         if self.signatures:
-            found["signatures"] = dict(self.signatures)
+            values["signatures"] = dict(self.signatures)
         if self.confusion is not None:
-            found["labels"] = {label: dict(vars(one)) for label, one in self.confusion.scores.items()}
-            found["confusion"] = [list(row) for row in self.confusion.counts]
-        return found
+            values["labels"] = {label: dict(vars(scores)) for label, scores in self.confusion.scores.items()}
+            values["confusion"] = [list(row) for row in self.confusion.counts]
+        return values
 
     def worst(self, most: int) -> list[int]:
-        """Return the places of at most so many misses among the rows: those that are surest of a wrong answer first."""
+        """Return the places of at most ``most`` misses among the rows, those surest of a wrong answer first."""
         misses = [at for at, row in enumerate(self.rows) if not row["hit"]]
         return sorted(misses, key=lambda at: -cast("float", self.rows[at]["log_prob"]))[:most]
 
@@ -297,13 +305,13 @@ def score_prompt(
 ) -> Result:
     """Score a prompt on records with targets, or on questions of a task.
 
-    Exact match: greedy decoding would write the target's tokens. What it would write after them does not count, since
-    a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens. Of several
-    references any is right.
+    Exact match: greedy decoding would generate the target's tokens. Those that it would generate after them do not
+    count, since a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens. Of
+    several references any is right.
 
     ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise``,
-    ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. ``with_rows`` asks for the answers even if
-    they must be written. A RecordError if there are no records, or one lacks its target; a ConfigError if candidates
+    ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. ``with_rows`` adds the answers even if they
+    must be generated. A RecordError if there are no records, or one lacks its target; a ConfigError if candidates
     are given to a prompt with label words or choices.
     """
     prompt = as_prompt(prompt)
@@ -317,72 +325,76 @@ def score_prompt(
     answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     require_targets(questions.records)
     model = model.for_prompt(prompt)
-    bound = prompt.bind(model.backbone, force=model.force)
-    parts = warn_truncated(request_parts(bound, questions, answers), questions.name, bound.max_length)
-    learned, total = prompt.learned(model.backbone), len(questions)
-    found = evaluate(model.backbone, parts, learned, total=total, report=report, note=questions.name)
-    records, said = questions.records, guessed(prompt, questions, found)
+    evaluation = _evaluated(model, prompt, questions, answers, report=report)
+    records, predictions = questions.records, guessed(prompt, questions, evaluation)
     own = prompt.task.answer_metrics if prompt.task is not None else ()
-    if not said and (own or (with_rows and candidates is None)):
-        said = model.predict(records, prompt)
+    if not predictions and (own or (with_rows and candidates is None)):
+        predictions = model.predict(records, prompt)
     if not answers.is_closed:
-        written = said or (model.predict(records, prompt) if _have_many_references(records) else [])
-        texts = [one.text for one in written]
-        found = of_any_reference(model.backbone, bound, records, learned, found, written=texts)
-    scores = {answers.score_name: score(found.hits), **_metrics(questions, own, said, found)}
-    rows = prediction_rows(records, said, found.hits) if said else []
-    ranked: list[Answer] = []
+        # Generating a text for each record takes less than scoring many references.
+        many = sum(len(references_of(record)) for record in records) > MANY_REFERENCES * len(records)
+        generated = predictions or (model.predict(records, prompt) if many else [])
+        texts = [prediction.text for prediction in generated]
+        bound, learned = prompt.bind(model.backbone, force=model.force), prompt.learned(model.backbone)
+        evaluation = of_any_reference(model.backbone, bound, records, learned, evaluation, written=texts)
+    scores = {answers.score_name: score(evaluation.hits)}
+    if own:
+        triples = zip(predictions, evaluation.hits, evaluation.known, strict=True)
+        given = [Answer(prediction.text, bool(hit), known=known) for prediction, hit, known in triples]
+        values = score_values(given, questions, own)
+        scores |= {name: summary([values[name]]) for name in own}
+    rows = prediction_rows(records, predictions, evaluation.hits) if predictions else []
+    missing = 0
     if candidates is not None:
-        ranked = _rank(model, records, prompt, candidates, normalise=normalise, count_stop=count_stop)
+        ranked = [
+            among_candidates([text.strip() for text in references_of(record)], row)
+            for record, row in zip(
+                records,
+                model.rank(records, prompt, candidates, normalise=normalise, count_stop=count_stop),
+                strict=True,
+            )
+        ]
         values = score_values(ranked)
         names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
         scores |= {ACCURACY: summary([values["p_at_1"]]), **{name: summary([values[name]]) for name in names}}
-        rows = [_answered(record, one) for record, one in zip(records, ranked, strict=True)]
-    targets, given = ([str(row[name]) for row in rows] for name in ("target", "prediction"))
-    confusion = Confusion.of(answers.labels, targets, given) if answers.labels else None
-    missing = sum(answer.rank == 0 for answer in ranked)
-    return Result(scores, found.loss, found.hits, missing=missing, rows=rows, confusion=confusion)
+        rows = [
+            {
+                "record": plain(record), "target": target_of(record), "prediction": answer.text, "hit": answer.hit,
+                "log_prob": answer.log_prob, "rank": answer.rank,
+            }
+            for record, answer in zip(records, ranked, strict=True)
+        ]  # fmt: skip
+        missing = sum(answer.rank == 0 for answer in ranked)
+    targets, texts = ([str(row[name]) for row in rows] for name in ("target", "prediction"))
+    confusion = Confusion.of(answers.labels, targets, texts) if answers.labels else None
+    return Result(scores, evaluation.loss, evaluation.hits, missing=missing, rows=rows, confusion=confusion)
 
 
-def _have_many_references(records: Records) -> bool:
-    """Whether writing a text for each record takes less than scoring all of its references."""
-    return sum(len(references_of(record)) for record in records) > MANY_REFERENCES * len(records)
-
-
-def _metrics(
-    questions: Questions, names: Sequence[str], said: Sequence[Prediction], found: Evaluation
-) -> dict[str, Score]:
-    if not names:
-        return {}
-    rows = zip(said, found.hits, found.known, strict=True)
-    answers = [Answer(one.text, bool(hit), known=known) for one, hit, known in rows]
-    values = score_values(answers, questions, names)
-    return {name: summary([values[name]]) for name in names}
-
-
-def _rank(
+def _evaluated(
     model: PromptModel,
-    records: Records,
     prompt: Prompt,
-    candidates: Sequence[str],
+    questions: Questions,
+    answers: AnswerSpace,
     *,
-    normalise: Normalise | None,
-    count_stop: bool,
-) -> list[Answer]:
-    ranked = model.rank(records, prompt, candidates, normalise=normalise, count_stop=count_stop)
-    pairs = zip(records, ranked, strict=True)
-    return [among_candidates([text.strip() for text in references_of(row)], found) for row, found in pairs]
+    cut: bool = False,
+    report: OnProgress | None,
+) -> Evaluation:
+    """Score the targets of questions, with a warning if rows are truncated; with ``cut`` long targets are, too."""
+    bound = prompt.bind(model.backbone, force=model.force)
+    parts = warn_truncated(request_parts(bound, questions, answers, cut=cut), questions.name, bound.max_length)
+    learned, total = prompt.learned(model.backbone), len(questions)
+    return evaluate(model.backbone, parts, learned, total=total, report=report, note=questions.name)
 
 
-def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
-    """Return the likeliest labels or choices, which scoring has found already; an empty list for written answers."""
-    if not found.guesses:
+def guessed(prompt: Prompt, questions: Questions, evaluation: Evaluation) -> list[Prediction]:
+    """Return the likeliest labels or choices that an evaluation has; an empty list for generated answers."""
+    if not evaluation.guesses:
         return []
     predictions = []
-    for question, guess, log_probs in zip(questions, found.guesses, found.log_probs, strict=True):
+    for question, guess, log_probs in zip(questions, evaluation.guesses, evaluation.log_probs, strict=True):
         ranked = list(map(Candidate, prompt.answer_space.names(question), log_probs))
         best = ranked.pop(guess)
-        ranked.sort(key=lambda one: -one.log_prob)
+        ranked.sort(key=lambda candidate: -candidate.log_prob)
         predictions.append(Prediction.of_classes([best, *ranked]))
     return predictions
 
@@ -393,16 +405,84 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
         {
             "record": plain(record),
             "target": target_of(record),
-            "prediction": found.text,
+            "prediction": prediction.text,
             "hit": bool(hit),
-            "log_prob": found.log_prob,
-            **({} if found.probabilities is None else {"probabilities": dict(found.probabilities)}),
+            "log_prob": prediction.log_prob,
+            **({} if prediction.probabilities is None else {"probabilities": dict(prediction.probabilities)}),
         }
-        for record, found, hit in zip(data, predictions, hits, strict=True)
+        for record, prediction, hit in zip(data, predictions, hits, strict=True)
     ]
 
 
-def _answered(record: Record, answer: Answer) -> dict[str, Json]:
-    """Return the row of an answer that was ranked."""
-    found: dict[str, Json] = {"record": plain(record), "target": target_of(record), "prediction": answer.text}
-    return {**found, "hit": answer.hit, "log_prob": answer.log_prob, "rank": answer.rank}
+def answers_identity(prompt: Prompt, questions: Questions, how: Answering, backbone: Backbone) -> dict[str, Json]:
+    """Return the values that are equal for all answers of one run, on this backbone as it is loaded."""
+    vectors = b"" if prompt.slot_vectors is None else prompt.slot_vectors.numpy().tobytes()
+    deep = b"" if prompt.deep is None else b"".join(tensor.numpy().tobytes() for tensor in prompt.deep.tensors.values())
+    return {
+        "template": str(prompt.template),
+        "slots (sha256)": sha256(vectors + deep),
+        "weights": None if prompt.weights is None else prompt.weights.fingerprint,
+        "label words": None if prompt.label_words is None else prompt.label_words.to_json(),
+        "backbone": backbone.fingerprint,
+        **{name: value for name, value in backbone.loaded.items() if name != "attn_implementation"},
+        "data (sha256)": questions.sha256,
+        "records": len(questions),
+        "answers": how.top_k,
+        "candidates": None if how.candidates is None else [*how.candidates],
+        **{name: getattr(how, name) for name in ("normalise", "calibrate", "count_stop", "min_probability")},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(how.generation).items()},
+    }
+
+
+def check_generation(prompt: Prompt, questions: Questions, metrics: Sequence[str]) -> None:
+    """Raise the errors of :func:`score_generation`, before anything is generated."""
+    check_generates(prompt)
+    if not questions:
+        raise RecordError(f"{questions.name} holds no records, so there is nothing to score")
+    require_targets(questions.records)
+    check_metrics(metrics, questions.records)
+
+
+def score_generation(
+    model: PromptModel,
+    data: Rows | Questions,
+    prompt: OnePrompt,
+    metrics: Sequence[str] | str,
+    *,
+    settings: GenerationSettings | None = None,
+    report: OnProgress | None = None,
+) -> Result:
+    """Generate a text for each record, and score the texts (:data:`~ptuning.metrics.generation.TEXT_METRICS`).
+
+    The loss is that of the first reference, per token; a hit is a text that is a reference, letter by letter. A
+    RecordError if there are no records, or one lacks its target; a ConfigError for an unknown metric or one whose
+    extra is missing, before anything is generated.
+    """
+    prompt, questions, names = as_prompt(prompt), as_questions(data), metrics_of(metrics)
+    check_generation(prompt, questions, names)
+    records, model = questions.records, model.for_prompt(prompt)
+    evaluation = _evaluated(model, prompt, questions, prompt.answer_space, cut=True, report=report)
+    parts = generate_parts(model, questions, prompt, settings=settings, report=report)
+    predictions = [prediction for part in parts for prediction in part]
+    texts = [prediction.text for prediction in predictions]
+    scores = score_texts(texts, records, names)
+    hits = tuple(float(text in references_of(record)) for text, record in zip(texts, records, strict=True))
+    rows: list[Mapping[str, Json]] = [
+        {**row, "stopped": prediction.stopped, "tokens": prediction.tokens}
+        for row, prediction in zip(prediction_rows(records, predictions, hits), predictions, strict=True)
+    ]
+    signatures = {name: value.signature for name, value in scores.items() if value.signature is not None}
+    means = {name: value.score for name, value in scores.items()}
+    return Result(means, evaluation.loss, hits, rows=rows, signatures=signatures)
+
+
+def epoch_metric(
+    bound: TokenizedTemplate, records: Records, metric: str, *, max_tokens: int
+) -> Callable[[Backbone, PromptBatch], float]:
+    """Return a function that scores texts, generated greedily for a few records, by a metric."""
+
+    def judge(backbone: Backbone, learned: PromptBatch) -> float:
+        answers = generate(backbone, PreparedPrompt(learned, bound), records, max_tokens=max_tokens)
+        return value_of_texts([row[0].text for row in answers], records, metric)
+
+    return judge

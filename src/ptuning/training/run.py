@@ -41,8 +41,7 @@ from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.rows import MORE_TOKENS
-from ptuning.prompt.score import guessed, prediction_rows
-from ptuning.prompt.score_generation import epoch_metric
+from ptuning.prompt.score import epoch_metric, guessed, prediction_rows
 from ptuning.prompt.storage import BackboneId
 from ptuning.provenance import described, versions
 from ptuning.statistics import Score, score

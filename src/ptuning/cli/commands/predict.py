@@ -153,7 +153,7 @@ def predict(
     if out is None:
         abstained = show(given)[0]
     else:
-        from ptuning.prompt.score_generation import answers_identity
+        from ptuning.prompt.score import answers_identity
 
         identity = answers_identity(chosen, given.questions, answering, model.backbone)
         abstained = _write_answers(given, answer, out, identity, resume=resume, overwrite=overwrite)

@@ -101,8 +101,7 @@ def evaluate(
     rows = grouped(rows, chosen.task, group=group_references)
     from ptuning.prompt.predict import PromptModel
     from ptuning.prompt.rows import Answering
-    from ptuning.prompt.score import score_prompt
-    from ptuning.prompt.score_generation import check_generation, score_generation
+    from ptuning.prompt.score import check_generation, score_generation, score_prompt
     from ptuning.records import require_fields
 
     require_fields(rows.records, chosen.template.fields)
