@@ -387,7 +387,7 @@ def examine(name: str) -> Row:
         answers="fills masks" if backbone.kind in ("masked", "permuted") else "writes",
         shared_prefix=backbone.shares_prefix,
         own_width=backbone.width != hidden,
-        pads="either side" if backbone.pads_left else "behind",
+        pads="either side" if backbone.pads_left else "right side",
         note=family.note,
     )
 
