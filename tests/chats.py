@@ -1,7 +1,5 @@
 """Twelve chat templates in the shapes of well-known models, and a tokenizer that knows the markup of all of them."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tiny random models of every family in the table of docs/backbones.md, and what each of them can do."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

@@ -1,7 +1,5 @@
 """A stand-in for the hub's HTTP routes: a model in versions, behind an access token or silent."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """Bytes of the tensors that are alive, to test what a pass holds."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A mailbox made by rule: messages for four teams as a CSV, with what goes wrong in such files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

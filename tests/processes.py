@@ -2,8 +2,6 @@
 has done nothing else.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """A tiny random LLaMA with a tokenizer as a GGUF file, as llama.cpp's converter writes it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

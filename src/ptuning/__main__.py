@@ -1,7 +1,5 @@
 """``python -m ptuning``."""
 
-from __future__ import annotations
-
 import signal
 
 

@@ -1,7 +1,5 @@
 """The errors of the package, one subclass of PTuningError for each thing that can be wrong."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Atomic writing (a temporary file is renamed), reading, and checks of values of JSON or TOML against models."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Callbacks of long work: its progress, and the exception with which it stops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 

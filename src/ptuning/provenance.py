@@ -1,7 +1,5 @@
 """Where a result comes from: the versions of all packages that it depends on, and the data."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Trainings on a model that is spread over processes. Those import this module: nothing heavy stands here."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

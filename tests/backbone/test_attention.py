@@ -1,7 +1,5 @@
 """Attention and heads of backbones: the numbers of transformers' own, without copies, in float32 where it matters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

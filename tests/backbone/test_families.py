@@ -2,8 +2,6 @@
 *Saved is what was trained* and *Fast = slow*.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Sequence

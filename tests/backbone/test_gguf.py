@@ -1,7 +1,5 @@
 """A GGUF file as a backbone: converted once into the cache, known by its content, refused when it is damaged."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Backbones from the hub, with a stand-in for it: revisions, tokens, a hub that is silent, and its cache without it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Activation checkpointing: the same losses and gradients to the bit, fewer bytes held, and a model left as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import threading

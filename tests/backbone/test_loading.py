@@ -1,7 +1,5 @@
 """Loading with options: each is passed on, recorded, or refused with its value and what is allowed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Adapters: nothing before they are trained, the caller's model as it was, and files that peft itself reads."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

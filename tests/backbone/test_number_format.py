@@ -1,7 +1,5 @@
 """Number formats: the one of ``auto``; and quantised backbones: slots learn through them, prompts name the format."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

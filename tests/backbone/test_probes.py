@@ -1,7 +1,5 @@
 """What loading refuses: a model that does not read what it is given, found by running it, with what to do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

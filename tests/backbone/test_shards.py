@@ -1,7 +1,5 @@
 """One model over several processes: a run and a fleet learn what they learn in one process, and one process writes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The cached default backbone: whole or not there, whoever is killed or comes second. No real weights are read."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

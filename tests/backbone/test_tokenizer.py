@@ -1,7 +1,5 @@
 """Real kinds of tokenizers, trained on the spot: the rules of docs/templates.md hold on all of them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

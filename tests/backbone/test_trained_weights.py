@@ -1,7 +1,5 @@
 """Trained weights: which they are, set aside bit by bit, kept whole or as a difference, refused if they do not fit."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable

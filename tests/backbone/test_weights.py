@@ -1,7 +1,5 @@
 """Weights: of models that others own, over several devices and on the disk; and their fingerprint."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

@@ -1,7 +1,5 @@
 """Running command lines in this process, and the data that the tests of commands share."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

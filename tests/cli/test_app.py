@@ -1,7 +1,5 @@
 """The program: help, completion, streams that are closed, messages of errors, and signals."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Conversations on the command line: `--chat`, data in known forms, and a prompt that answers as the assistant."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Reading the data, tasks, prompts and candidates that options name."""
 
-from __future__ import annotations
-
 import io
 import sys
 from pathlib import Path

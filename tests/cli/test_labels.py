@@ -1,7 +1,5 @@
 """Labels on the terminal: readable, however many labels there are and whatever they are called."""
 
-from __future__ import annotations
-
 import pytest
 
 from ptuning.cli.labels import show_confusion, show_errors, show_labels

@@ -1,7 +1,5 @@
 """Values that are read from options."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

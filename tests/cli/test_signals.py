@@ -1,7 +1,5 @@
 """Messages of work that was stopped by a signal; tests/cli/test_app.py stops trainings."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path

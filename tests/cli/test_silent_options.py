@@ -1,7 +1,5 @@
 """Options and settings without effect are errors in Python and on the command line; explicit ones beat implied ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

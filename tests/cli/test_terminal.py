@@ -1,7 +1,5 @@
 """Printing on a terminal: progress, messages as they are, and commands that work where they are read."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Answer spaces: labels, choices and written text each say what a row can be answered with."""
 
-from __future__ import annotations
-
 import pytest
 
 from ptuning.data.answer_space import TRAIN_CHOICES, AnswerSpace

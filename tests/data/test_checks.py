@@ -1,7 +1,5 @@
 """Checks of data: labels found in targets, merged labels, rows that may be mistakes; and of a task with a tokenizer."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Conversations in data files: five forms by their keys, records for each answer, and errors that name line and key."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

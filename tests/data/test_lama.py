@@ -1,7 +1,5 @@
 """LAMA's relations: what is read from which file, which relations are chosen, how facts are divided, and errors."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Noun phrases: candidates for what a pronoun refers to."""
 
-from __future__ import annotations
-
 from ptuning.data.noun_phrases import noun_phrases, other_phrases
 
 

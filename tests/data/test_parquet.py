@@ -1,7 +1,5 @@
 """Parquet files that others wrote: odd dates, large files of few bytes, and whatever is in columns nobody asks for."""
 
-from __future__ import annotations
-
 import io
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows of a file as questions: labels by name, choices and right answers of every kind, groups and numbers."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Reading data: every format and what is wrong with it, with file and line; shipped facts."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Paths to texts in a row, lists unfolded, and repairs."""
 
-from __future__ import annotations
-
 import pytest
 
 from ptuning.data.questions import RowPath, unfold

@@ -1,7 +1,5 @@
 """Seeded draws and splits: nothing is lost, nothing is in two parts, and a seed draws the same rows again."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Task files: the shipped ones read the layouts they are for, and every mistake is an error that says what to do."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Word lists: every file that they come in, and the records whose targets are in them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

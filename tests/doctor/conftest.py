@@ -1,7 +1,5 @@
 """A stand-in for a server of language models, and prompts with a fault each."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

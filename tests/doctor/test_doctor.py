@@ -1,7 +1,5 @@
 """The doctor: each fault is found by one check, which says what to do, and hides no other."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import platform

@@ -1,7 +1,5 @@
 """Collating: rows are whole before they are padded, and pads are known to mask and positions only."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Candidates scored in rows of several: the invariant *Fast = slow* (docs/invariants.md), and what a pass may hold."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows that join and leave while others are written."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace

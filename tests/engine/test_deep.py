@@ -1,7 +1,5 @@
 """Deep slots keep the invariants of docs/invariants.md on every family: before training a deep slot is its token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

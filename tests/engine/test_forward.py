@@ -2,8 +2,6 @@
 *Fast = slow* where rows share their beginning.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

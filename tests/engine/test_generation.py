@@ -1,7 +1,5 @@
 """Writing: token by token what transformers' ``generate`` writes behind the same embeddings, with the same settings."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Counting memory: bytes of tensors once, and peaks of the process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

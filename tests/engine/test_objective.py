@@ -1,7 +1,5 @@
 """Losses and scores against loops written by hand over plain log-probabilities."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

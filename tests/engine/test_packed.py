@@ -1,7 +1,5 @@
 """Rows behind one beginning in a single row: the logits of each whole row, whatever stands beside it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

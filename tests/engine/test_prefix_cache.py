@@ -1,7 +1,5 @@
 """The prefix cache: rows that run from their first slot onwards equal rows that run whole."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """How a training was launched."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Shared by the tests of exports: tiny LLaMAs whose tokenizer has reserved tokens, tied and untied."""
 
-from __future__ import annotations
-
 import functools
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Exports are written to a temporary folder, read back and compared; they appear whole and right, or not at all."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prompts that PEFT trained: ours reads the same vectors at the same places, or says why it cannot."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

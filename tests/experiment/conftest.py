@@ -1,7 +1,5 @@
 """What the tests of comparisons share: reports without drawings."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -1,7 +1,5 @@
 """A comparison on one's own data: what the parts and templates are, and what is refused before anything runs."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

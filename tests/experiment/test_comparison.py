@@ -1,7 +1,5 @@
 """Cells: each written when done, finished ones skipped, broken ones made again, and the same after a stop or a kill."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """The demo on a tiny model: its files, and resuming; and the real default backbone, once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """LAMA: which facts are kept, what the parts and templates of a relation are, and what is refused before a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables of cells: means, intervals, spreads over seeds and paired differences, by hand; several folders."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SuperGLUE on tiny models and made-up folders: parts, draws, scores, options that cannot be."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """BLEU and ROUGE as in ChatGLM's tables: those of a loop written as its script is, row by row."""
 
-from __future__ import annotations
-
 import random
 import warnings
 

@@ -1,7 +1,5 @@
 """Invented values: names, numbers and values of other rows that neither the attributes nor a reference have."""
 
-from __future__ import annotations
-
 import pytest
 from experiments.invented import invented
 

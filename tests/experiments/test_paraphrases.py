@@ -1,7 +1,5 @@
 """Wordings of a relation: which a model can use, that all have the same facts, and their spread."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

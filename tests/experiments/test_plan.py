@@ -1,7 +1,5 @@
 """Estimates on paper: what follows from the constants."""
 
-from __future__ import annotations
-
 import pytest
 from experiments.plan import CONSTANTS, Planner
 

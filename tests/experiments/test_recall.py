@@ -1,7 +1,5 @@
 """The controlled-knowledge experiment: its sentences say what they should, and its whole path runs at a toy size."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a prompt costs on plain sentences: the slots in front of them, against nothing in front."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Data by rule: the same rows on every machine, parts that share nothing, and texts that say what they should."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Strategies for texts, bytes, JSON and files with something strange in them."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping, Sequence

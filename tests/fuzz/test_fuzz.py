@@ -4,8 +4,6 @@
 does; an error that is no PTuningError is a fault.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

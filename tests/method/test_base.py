@@ -1,7 +1,5 @@
 """Methods: names, controls, answers of ranked texts, and a list that one's own can join."""
 
-from __future__ import annotations
-
 import pytest
 
 import ptuning.method

@@ -1,7 +1,5 @@
 """A classification head: where it reads, what a choice's single logit gives, what it learns and leaves alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Methods that train: the backbone is left as it is, copies of it learn, and the best of the tries answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

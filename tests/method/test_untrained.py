@@ -1,7 +1,5 @@
 """Methods that train nothing: the majority, manual prompts, and examples in context."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """BLEU, chrF and ROUGE equal their libraries, on random pairs with one and several references; numeric match."""
 
-from __future__ import annotations
-
 import importlib
 import random
 from decimal import Decimal

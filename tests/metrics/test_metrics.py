@@ -1,7 +1,5 @@
 """Scores of answers: ranks as LAMA counts them, and the metrics of SuperGLUE's tasks, by hand."""
 
-from __future__ import annotations
-
 import pytest
 
 from ptuning.data.questions import Question, Questions

@@ -1,7 +1,5 @@
 """Coverage of attribute values."""
 
-from __future__ import annotations
-
 import pytest
 
 from ptuning.errors import RecordError

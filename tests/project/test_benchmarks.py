@@ -1,7 +1,5 @@
 """The benchmarks run (a smoke run), compare like with like, and are documented as measured."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable

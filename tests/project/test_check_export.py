@@ -1,7 +1,5 @@
 """`scripts/check_export.py`: an export's example, asked of a server."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Other layouts of LAMA's data: the package names the script that converts them, and reads what it writes."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 No daemon is at hand where the tests run, so these files are never run here.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

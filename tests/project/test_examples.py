@@ -1,7 +1,5 @@
 """The files of ``examples/`` are those that the script builds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests.conftest import ROOT, load_script

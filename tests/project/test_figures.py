@@ -1,7 +1,5 @@
 """The documented tables are made of the documented results."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

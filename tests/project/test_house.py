@@ -1,7 +1,5 @@
 """Rules of the source: no pickles, no private names of transformers, an inert import, public names, doctests."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

@@ -1,7 +1,5 @@
 """The commands of the README and of the pages that the docs open with run as they stand, on a tiny random model."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

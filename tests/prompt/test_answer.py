@@ -1,7 +1,5 @@
 """Answers and ranks: equal to a plain loop over transformers' own logits, closed sets, ties, written answers."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Looking into a prompt: what its slots are near to, and what that is worth."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

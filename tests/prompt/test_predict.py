@@ -2,8 +2,6 @@
 wrong or strangely.
 """
 
-from __future__ import annotations
-
 import itertools
 import pickle
 import random

@@ -1,7 +1,5 @@
 """Scores of a prompt: what they count, that they are those of a slow loop, and that nothing is chosen by them."""
 
-from __future__ import annotations
-
 import logging
 import math
 import weakref

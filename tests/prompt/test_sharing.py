@@ -1,7 +1,5 @@
 """Prompts on the hub: put there, found there, and used as from a folder. A stand-in answers for the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

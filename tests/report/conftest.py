@@ -1,7 +1,5 @@
 """Made-up results with the files of their cells, and a reader of the pages that are made from them."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

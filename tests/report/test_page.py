@@ -1,7 +1,5 @@
 """The page of a report: its sections and their order, the main result in sentences, confusion matrices, and caveats."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The schema of results.json and predictions.jsonl: what is written is read back, and a wrong value is named."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The tables of a report: each number in them is in the JSON files."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The files of a report: the same bytes for the same results, any text shown as it is, and errors for damaged files."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """A service on a tiny model, called in process: on a real engine (``api``), or on a fake one (``fake_api``)."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Prompts that change while requests run: every answer is that of the prompt its request began with."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import threading

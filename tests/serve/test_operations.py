@@ -1,7 +1,5 @@
 """A service as an operator runs it: a process of its own, with keys, a folder of prompts, metrics and a log."""
 
-from __future__ import annotations
-
 import json
 import signal
 import urllib.request

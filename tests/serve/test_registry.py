@@ -1,7 +1,5 @@
 """Prompts by name: loaded, replaced, unloaded and reloaded while requests run; nothing from outside of the folder."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Requests generated from /openapi.json: none is a fault of the server, and every status is documented."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from pathlib import Path

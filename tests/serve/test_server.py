@@ -1,7 +1,5 @@
 """The service on real sockets: clients that are slow, go away or do not read, and its end by signals."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

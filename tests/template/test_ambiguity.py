@@ -1,7 +1,5 @@
 """What a tokenizer does not know is never a hit: on WordPiece, unigram and byte-level vocabularies, whole and empty."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,7 +1,5 @@
 """Chat templates: the markup around conversations, what is supervised of them, and what a record cannot write."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Worked examples as deep slots: the words that a template writes them with, and where they go."""
 
-from __future__ import annotations
-
 import pytest
 
 from ptuning.template.examples import example_lines, manual_of, with_deep_examples

@@ -1,7 +1,5 @@
 """Label words: how they are written, what is wrong with them, and their ids as they stand in a sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

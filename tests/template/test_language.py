@@ -1,7 +1,5 @@
 """The template language: every piece, every error with its caret, and that writing and reading a pattern agree."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

@@ -3,8 +3,6 @@
 For real tokenizers see test_encode.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

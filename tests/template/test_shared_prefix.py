@@ -1,7 +1,5 @@
 """Texts that begin alike are tokenised in parts, with the ids of whole texts."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """Settings: read back as written, and every wrong one is an error that names it."""
 
-from __future__ import annotations
-
 import json
 import math
 

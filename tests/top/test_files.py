@@ -1,7 +1,5 @@
 """Files are whole or not there, and nothing is overwritten unasked."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Only what we wrote is replaced or removed, links are not followed, and an output folder is tried first."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

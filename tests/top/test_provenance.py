@@ -1,7 +1,5 @@
 """What records say about versions and data."""
 
-from __future__ import annotations
-
 from ptuning.provenance import VERSION, described, versions
 from ptuning.records import Records
 

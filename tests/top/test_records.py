@@ -1,7 +1,5 @@
 """Records made of the rows that callers have: numbers as they are, what is missing left out, bad texts refused."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from datetime import date, datetime, time, timedelta

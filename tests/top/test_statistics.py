@@ -1,7 +1,5 @@
 """Scores against scipy and numbers worked out by hand."""
 
-from __future__ import annotations
-
 import math
 import random
 import sys

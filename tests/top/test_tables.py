@@ -1,7 +1,5 @@
 """Records from whatever people keep them in, and answers alike from all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Prompts of one fleet that differ in everything. Other processes import them, too: nothing heavy stands here."""
 
-from __future__ import annotations
-
 from ptuning.config import TrainConfig
 from ptuning.records import Record
 from ptuning.training.spec import FleetPrompt

@@ -1,7 +1,5 @@
 """Trainings that are spread over processes. Those import this module: nothing heavy stands here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

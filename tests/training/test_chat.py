@@ -1,7 +1,5 @@
 """A tiny GLM-4 learns conversations in its own chat template, and answers in it."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Checkpoints: identities, damage, and the best weights of the backbone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

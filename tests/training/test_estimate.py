@@ -1,7 +1,5 @@
 """The estimate of a run: its parts add up, it follows the settings, and nothing is learned or left."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The file of a fleet: defaults, lists, paths beside it, and messages that name prompt and key."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

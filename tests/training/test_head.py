@@ -1,7 +1,5 @@
 """A classification head beside the slots: learned with them, saved, loaded and asked as any prompt is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Targets that are texts: how much their end weighs, what is cut, and what an epoch is chosen by."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where a template made from a manual one has its slots: after the text, where that makes training passes shorter."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

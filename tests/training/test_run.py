@@ -3,8 +3,6 @@
 The invariants that tests name are those of docs/invariants.md.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -1,7 +1,5 @@
 """What a training is asked for, in Python: its rows are looked at once, and what was found goes with it."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

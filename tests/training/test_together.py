@@ -4,8 +4,6 @@ that is faster, and nothing of it happens on a processor.
 The invariants that tests name are those of docs/invariants.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Logs of trainings: a line per step and epoch, resumed without a step twice, and clear words where one cannot be."""
 
-from __future__ import annotations
-
 import csv
 import importlib.machinery
 import sys

@@ -2,8 +2,6 @@
 separate* and *Loss position = scored position*.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import inspect

@@ -1,7 +1,5 @@
 """A stand-in for Ray: actors in this process, whose calls run when they are waited for, one after another."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Jobs, the parts that a command is divided into, and the lock of a job."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 A stand-in for Ray runs the workers in this process; with Ray itself: tests/workers/test_with_ray.py.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import socket

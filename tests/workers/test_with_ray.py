@@ -1,7 +1,5 @@
 """Workers of Ray itself: one is killed, a cell fails, a folder is not shared; the files are those of one process."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """The families of backbones and what each supports, as found by the tests."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """LoRA adapters on a model's linear layers, made by peft."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """torch's global random generators, which modules draw from: dropout, and start values of new layers."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

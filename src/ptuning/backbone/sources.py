@@ -1,7 +1,5 @@
 """Sources of a backbone: the default one's package, a GGUF file, a local folder, or the hub; and loading options."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """The command line: the table of all commands, and how it ends on an error or a signal."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

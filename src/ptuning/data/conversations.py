@@ -5,8 +5,6 @@ Source: the documentation of ChatGLM-6B (``ptuning/``), Alpaca, ShareGPT as LLaM
 OpenAI's interface.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

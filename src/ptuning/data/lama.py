@@ -6,8 +6,6 @@ LAMA's release has ``relations.jsonl`` next to ``TREx/P36.jsonl``, ``Google_RE/p
 ``paraphrases/P36.jsonl`` goes with all of them. ``scripts/convert_lama.py`` converts others.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

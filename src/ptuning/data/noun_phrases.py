@@ -1,7 +1,5 @@
 """Noun phrases of a sentence, found without a parser: candidates for what a pronoun in it refers to."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

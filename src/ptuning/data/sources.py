@@ -1,7 +1,5 @@
 """Reading data by its source: a file, shipped facts, a part of a task's folder, conversations, or rows in memory."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Mapping, MutableMapping, Sequence

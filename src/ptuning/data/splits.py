@@ -1,7 +1,5 @@
 """Seeded draws and splits. A draw depends on the seed and the rows alone, never on the order of a set or a clock."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Word lists: the closed sets of answers that ``--candidates`` and ``--vocabulary`` name."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

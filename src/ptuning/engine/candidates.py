@@ -1,7 +1,5 @@
 """Log-probabilities of candidates (answers to choose from) of which many share a row after a record's context."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Scoring requests with one prompt: mean loss, hits and misses; and the speed of a bare forward and backward pass."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Sequence

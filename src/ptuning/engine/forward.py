@@ -1,7 +1,5 @@
 """Forward passes: rows with the learned parameters of their prompts -> logits at the scored positions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Losses as (sum, count), scores of targets, candidates, label words and choices, and the truncation report."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging

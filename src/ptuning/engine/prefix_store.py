@@ -1,7 +1,5 @@
 """Prefix KV cache of rows that any prompts answer: content-addressed, least recently used entries dropped first."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections import Counter, OrderedDict

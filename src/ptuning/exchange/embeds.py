@@ -1,7 +1,5 @@
 """Slot vectors and their positions, for engines that take embeddings, such as vLLM's prompt_embeds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import safetensors.torch

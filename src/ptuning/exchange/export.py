@@ -1,7 +1,5 @@
 """Export of a prompt to another program: written, read back there, compared, and only then moved to its place."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

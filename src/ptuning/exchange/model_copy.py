@@ -4,8 +4,6 @@ The head is untied and keeps the rows that it had, so no logit of another token 
 weights keep their bytes; the embedding table is unpacked, and a tied head keeps the packed one as its own.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from importlib.util import find_spec

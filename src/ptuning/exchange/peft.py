@@ -7,8 +7,6 @@
   what its row lacks to be the slot's vector. Only the input side is adapted, so no logit of a slot's token changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """The comparison of methods on a user's own data."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace

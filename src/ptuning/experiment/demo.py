@@ -1,7 +1,5 @@
 """The demo: learn country -> capital, and compare with the manual prompt and the majority answer."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 several folders (`merged`).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -2,8 +2,6 @@
 data, or with a few examples).
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ The head replaces the language model's own head, so batches, logits and losses o
 prompts. It reads the position that transformers' classification models read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from ptuning.backbone.trained_weights import with_head

@@ -1,7 +1,5 @@
 """The list of all methods: `METHODS`, which is `ptuning.methods`. A new method of the package is listed here."""
 
-from __future__ import annotations
-
 from ptuning.method.base import Methods
 from ptuning.method.tuned import TUNED
 from ptuning.method.untrained import UNTRAINED

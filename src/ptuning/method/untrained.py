@@ -1,7 +1,5 @@
 """Methods that train nothing: the majority answer, the manual prompt, and examples in context."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence

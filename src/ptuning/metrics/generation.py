@@ -3,8 +3,6 @@
 With one more entry in :data:`TEXT_METRICS`, ``eval``, ``compare`` and task files have it.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import re

@@ -4,8 +4,6 @@ Attributes are written as in ADGEN (``name#Kenya*capital#Nairobi``) or as in E2E
 The idea is that of ``slot_error.py`` of Dusek et al. (2019), E2E cleaning, without its lists of words.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

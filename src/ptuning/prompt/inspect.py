@@ -1,7 +1,5 @@
 """The tokens of the vocabulary nearest to each slot, and whether they can take its place."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

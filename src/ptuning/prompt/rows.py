@@ -1,7 +1,5 @@
 """Rows to answer with prompts: settings, checks, filled templates for the runner, and predictions from its results."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

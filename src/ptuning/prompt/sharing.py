@@ -1,7 +1,5 @@
 """Prompts on the hub: found there, and put there."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 To add a section, write a function that returns its blocks and list it in :data:`SECTIONS`.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 

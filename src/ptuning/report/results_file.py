@@ -3,8 +3,6 @@
 Experiments fill the classes in and write them; pydantic checks what the report reads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

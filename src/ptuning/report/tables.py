@@ -2,8 +2,6 @@
 them is in the JSON files.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

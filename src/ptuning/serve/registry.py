@@ -4,8 +4,6 @@ A :class:`Served` never changes: a request gets it once and keeps it to its end.
 the model only whether it takes a prompt (``check``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

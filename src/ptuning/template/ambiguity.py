@@ -1,7 +1,5 @@
 """Which answers a tokenizer tells apart (only these can be hits), and warnings about the others."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Collection, Hashable, Sequence

@@ -5,8 +5,6 @@ is cut at them: what is between is the model's markup, in which special tokens a
 into the gaps, where they are text.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Worked examples before a question: as text (in-context learning), and as deep slots that start from it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ptuning.errors import TemplateError

@@ -1,7 +1,5 @@
 """Kinds of learned prompts by the names of the field: each makes a template of a manual one, and has settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The turns of a conversation, as a record holds them: one text, which is JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import NamedTuple

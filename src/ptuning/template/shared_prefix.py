@@ -1,7 +1,5 @@
 """Tokenize a shared prefix (one record, many candidates) only once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Sequence
 

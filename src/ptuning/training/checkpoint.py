@@ -1,7 +1,5 @@
 """Checkpoints: the states and tensors of trainings in one file, the best backbone weights so far, and identities."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -5,8 +5,6 @@ weights. A step there is as long as its launches, and each prompt's encoder and 
 layer. A processor gains nothing by it, so prompts go one after another there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Memory and time that a training will take: a few of its own steps are timed and scaled up. Leaves no file."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence

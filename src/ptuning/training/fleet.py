@@ -1,7 +1,5 @@
 """Many prompts from data to files: a folder for each, as it would get alone, and ``fleet.json`` that lists them."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

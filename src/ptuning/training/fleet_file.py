@@ -1,7 +1,5 @@
 """The file of a fleet: TOML with default settings and a table for each prompt. docs/scale.md describes the keys."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

@@ -1,7 +1,5 @@
 """Which weights a training moves beside the slots, their optimizer, and code that needs gradients."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From the description of a training to what the trainer reads: checks, the bound template, items of both parts."""
 
-from __future__ import annotations
-
 import logging
 import math
 import random

@@ -1,7 +1,5 @@
 """Training runs, from data to files: ``prompt/``, ``run.json`` and ``predictions.jsonl`` of each."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

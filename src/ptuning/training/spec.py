@@ -1,7 +1,5 @@
 """Description of a training, for Python and the command line alike: data, template, labels and settings. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -2,8 +2,6 @@
 checkpoints and exact resume. Read :class:`TrainingLoop` first.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

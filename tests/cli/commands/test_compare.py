@@ -1,7 +1,5 @@
 """`ptuning compare` and `report` on tiny models: what they print, leave, refuse, and how they continue."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Iterator, Sequence

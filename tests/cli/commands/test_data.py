@@ -1,7 +1,5 @@
 """The commands that show what there is: shipped facts, a filled template, families of backbones."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``ptuning demo``: what it prints, and how it treats an earlier run in its folder."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`ptuning doctor`: lines that fit a terminal, JSON for programs, and its exit code; tests/doctor has the checks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

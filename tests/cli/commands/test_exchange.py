@@ -1,7 +1,5 @@
 """`ptuning export` and `import`: prompts in the formats of other programs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``ptuning fleet``: what it prints, leaves and refuses, and how a stopped one goes on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

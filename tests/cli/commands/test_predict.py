@@ -1,7 +1,5 @@
 """`ptuning predict`: ways in and out, abstaining, files of answers that are kept, and lines typed on a terminal."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """`ptuning eval` and `inspect`: scores, errors and nearest tokens, on the terminal, in JSON and in a file."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

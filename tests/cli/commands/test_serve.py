@@ -1,7 +1,5 @@
 """`ptuning serve`: what it refuses before anything is loaded, and one real service from its line to its end."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`ptuning task list`, `show` and `check`; tests/cli/commands/test_train.py trains with tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`ptuning train`: its files and outputs, resuming, full disks, the estimate; and tasks from files to answers."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

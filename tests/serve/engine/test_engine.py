@@ -1,7 +1,5 @@
 """The engine: each answer is that of PromptModel for the row alone, whatever shares its passes."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Turns of the engine: how much is read in one, how many answers are written at a time, and how soon a row leaves."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

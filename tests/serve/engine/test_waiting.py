@@ -1,7 +1,5 @@
 """The queue: who comes first, and what is taken out."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The operator's routes: prompts listed, loaded, replaced, unloaded and reloaded over HTTP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`/v1/chat/completions`: a message is the value of a prompt's one field, or all are a conversation."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """`/v1/completions`: answers of prompts, continuations and log-probabilities of the base model, whole and streamed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Requests that are refused: status, code and field of each; nothing of the server's own is in a message."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Metrics and the access log: what operators count on is there, and neither keys nor texts are."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

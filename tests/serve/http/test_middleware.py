@@ -1,7 +1,5 @@
 """The middleware: keys, hosts, headers, and limits of bodies."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """Health, the list of models, the tokenizer, and the browser page."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """`/v1/predict`: the objects of `ptuning predict --json`, for one prompt or many; and `/v1/classify`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Events between the engine's thread and the event loop: none is lost, and unread ones are bounded."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """`ptuning doctor`: check the installation, and name what to do where something is wrong."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`ptuning export` and `import`: take a prompt to another program, and take one over from PEFT."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The engine: one thread that owns the model and answers the rows of many jobs."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

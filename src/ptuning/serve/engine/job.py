@@ -1,7 +1,5 @@
 """Jobs of rows for the engine, and the outcome of each row."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Queue of rows and continuous batching: which rows run next, and what becomes of them."""
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import logging

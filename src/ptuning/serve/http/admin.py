@@ -3,8 +3,6 @@
 They exist only if there are admin keys. Two of them are those by which tools load LoRA adapters into vLLM.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The ASGI application: all routes, the browser page, and errors in one format."""
 
-from __future__ import annotations
-
 import http
 import logging
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Routes of users: completions, chats, records, labels, tokens, models and health."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import secrets

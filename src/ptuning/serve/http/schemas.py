@@ -4,8 +4,6 @@ Sampling parameters are those of ``ptuning.GenerationSettings``, under their nam
 fields of that interface are refused by name if they would change the answer, and ignored if not.
 """
 
-from __future__ import annotations
-
 import secrets
 from typing import Annotated, Any
 
