@@ -144,7 +144,8 @@ def test_a_second_start_skips_what_is_finished_and_redoes_what_is_broken(causal:
     test = [{"x": "city\u2028of\x85light", "y": "yes"}, *TEST]
     run(causal, out, test=test)
     before = results_of(out)
-    (out / "cells/task/manual/seed-0/run.json").write_text('{"cut off')
+    cut = out / "cells/task/manual/seed-0/run.json"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     record = out / "cells/task/majority/seed-0/run.json"
     record.write_text(json.dumps({**json.loads(record.read_text(encoding="utf-8")), "seconds": "many"}))
     rows = out / "cells/task/in-context/seed-0/predictions.jsonl"

@@ -28,7 +28,7 @@ QUICK = {
 # Files that a page calls the reader's own, and where the reader has them from here.
 OWN = {"mine.jsonl": "capitals/train.jsonl", "test.jsonl": "capitals/test.jsonl"}
 # How lines begin that a page shows of what a command says, and how many there are.
-SHOWN = ("target: ", "train: ", "warning: ", "slots stand ", "continents: ", "currencies: ")
+SHOWN = ("target: ", "train: ", "warning: ", "slots come ", "continents: ", "currencies: ")
 SHOWN_LINES = {"docs/messages.md": 6, "docs/facts.md": 2}
 
 

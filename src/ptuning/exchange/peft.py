@@ -159,7 +159,7 @@ def _check_rest(source: ExportSource, taken: int) -> None:
         rest = list(row.example.token_ids[taken : row.example.logit_positions[0] + 1])
         if not rest:
             raise ExchangeError(
-                f"the template '{source.bound.template}' has nothing after its slots for PEFT to read; take lora"
+                f"the template '{source.bound.template}' has nothing after its slots for PEFT; take the format lora"
             )
         text = source.bound.texts(row.record)[-1]
         theirs = source.backbone.tokenizer.read(text, add_special_tokens=False)
