@@ -206,20 +206,20 @@ def test_scores_by_the_values_of_a_field(causal: Backbone, tmp_path: Path) -> No
 
 def test_tries_and_epochs_are_chosen_by_the_first_metric(causal: Backbone, tmp_path: Path) -> None:
     config = TrainConfig(epochs=1, batch_size=4)
-    asked = {**WRITTEN, "metrics": "chrf"}
-    run_compare(causal, tmp_path, **asked, methods="p-tuning", config=config, tries=2)
+    options = {**WRITTEN, "metrics": "chrf"}
+    run_compare(causal, tmp_path, **options, methods="p-tuning", config=config, tries=2)
     tuned = json.loads((tmp_path / "cells/task/p-tuning/seed-0/run.json").read_text("utf-8"))
-    for number, one in enumerate(tuned["tried"], start=1):
+    for number, tried in enumerate(tuned["tried"], start=1):
         run = json.loads((tmp_path / f"cells/task/p-tuning/seed-0/try-{number}/run.json").read_text("utf-8"))
         epochs = [run["start"], *run["history"]]
-        assert one["dev_score"] == epochs[run["chosen_epoch"]]["dev_chrf"]
+        assert tried["dev_score"] == epochs[run["chosen_epoch"]]["dev_chrf"]
 
 
 def test_every_method_writes_with_the_beams_that_are_asked_for(causal: Backbone, tmp_path: Path) -> None:
-    asked = {**WRITTEN, "methods": "majority,manual"}
+    options = {**WRITTEN, "methods": "majority,manual"}
     config = TrainConfig(max_length=64)
-    results = run_compare(causal, tmp_path / "4", **asked, num_beams=4, config=config)
-    plain = run_compare(causal, tmp_path / "1", **asked, config=config)
+    results = run_compare(causal, tmp_path / "4", **options, num_beams=4, config=config)
+    plain = run_compare(causal, tmp_path / "1", **options, config=config)
     assert "a search of 4 beams" in (tmp_path / "4/report.md").read_text(encoding="utf-8")
     assert (results.settings["num_beams"], "num_beams" in plain.settings) == (4, False)
     prompt = Prompt.manual(WRITTEN["manual"])
@@ -233,7 +233,7 @@ def test_every_method_writes_with_the_beams_that_are_asked_for(causal: Backbone,
         assert written[beams] == [answer.text for answer in expected]
     assert written[4] != written[1]
     with pytest.raises(FileError, match="other settings"):
-        run_compare(causal, tmp_path / "1", **asked, num_beams=4, config=config)
+        run_compare(causal, tmp_path / "1", **options, num_beams=4, config=config)
 
 
 @pytest.mark.parametrize("method", ["manual", "in-context"])
@@ -241,14 +241,14 @@ def test_a_stop_while_texts_are_written_does_not_wait_for_all(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(score, "WRITTEN_ROWS", 3)
-    asked = {**WRITTEN, "methods": method}
-    whole = run_compare(causal, tmp_path / "whole", **asked)
-    told: list[Progress] = []
-    watch = Watch(report=told.append, should_stop=lambda: told[-1].stage == "predict" if told else False)
+    options = {**WRITTEN, "methods": method}
+    whole = run_compare(causal, tmp_path / "whole", **options)
+    reported: list[Progress] = []
+    watch = Watch(report=reported.append, should_stop=lambda: reported[-1].stage == "predict" if reported else False)
     with pytest.raises(Interrupted, match="3 of 10 records"):
-        run_compare(causal, tmp_path / "stopped", **asked, watch=watch)
-    assert [(now.done, now.total) for now in told if now.stage == "predict"] == [(3, 10)]
-    assert run_compare(causal, tmp_path / "stopped", **asked).tasks == whole.tasks
+        run_compare(causal, tmp_path / "stopped", **options, watch=watch)
+    assert [(now.done, now.total) for now in reported if now.stage == "predict"] == [(3, 10)]
+    assert run_compare(causal, tmp_path / "stopped", **options).tasks == whole.tasks
 
 
 def test_a_task_file_brings_its_metrics_and_gathers(causal: Backbone, tmp_path: Path) -> None:

@@ -367,9 +367,9 @@ def test_permuting_the_test_labels_changes_nothing_that_is_learned_or_chosen(
 
 
 def test_it_stops_when_asked_and_goes_on(causal: Backbone, tmp_path: Path) -> None:
-    asked = iter([False] * 5 + [True] * 99)
+    stops = iter([False] * 5 + [True] * 99)
     with pytest.raises(Interrupted):
-        run(causal, tmp_path / "cut", watch=Watch(should_stop=lambda: next(asked)))
+        run(causal, tmp_path / "cut", watch=Watch(should_stop=lambda: next(stops)))
     assert statuses(tmp_path / "cut") == ["done", "done", "done", "waiting"]
     run(causal, tmp_path / "cut")
     run(causal, tmp_path / "whole")
@@ -479,9 +479,9 @@ def test_stopped_while_several_tasks_train_it_goes_on_exactly(
     causal: Backbone, tmp_path: Path, steps_taken: int
 ) -> None:
     """Also where one task was done already when it was stopped."""
-    asked = iter([False] * (steps_taken - 1) + [True] * 99)
+    stops = iter([False] * (steps_taken - 1) + [True] * 99)
     whole = {result.cell: result.values for result in suite(causal, tmp_path / "whole", counts=(5, 12, 8)).results()}
-    stopped = suite(causal, tmp_path / "cut", counts=(5, 12, 8), watch=Watch(should_stop=lambda: next(asked)))
+    stopped = suite(causal, tmp_path / "cut", counts=(5, 12, 8), watch=Watch(should_stop=lambda: next(stops)))
     with pytest.raises(Interrupted):
         list(stopped.results())
     again = suite(causal, tmp_path / "cut", counts=(5, 12, 8)).results()
@@ -575,9 +575,9 @@ def test_a_finished_task_is_not_trained_again_with_new_ones(
 
 
 def test_other_settings_forget_what_was_in_training_at_once(causal: Backbone, tmp_path: Path) -> None:
-    asked = iter([False] * 3 + [True] * 99)
+    stops = iter([False] * 3 + [True] * 99)
     with pytest.raises(Interrupted):
-        list(suite(causal, tmp_path, counts=(5, 12), watch=Watch(should_stop=lambda: next(asked))).results())
+        list(suite(causal, tmp_path, counts=(5, 12), watch=Watch(should_stop=lambda: next(stops))).results())
     other = suite(causal, tmp_path, counts=(5, 12), template="[P*2] [X] [P] [Y]")
     with pytest.raises(FileError, match="other settings"):
         other.check(other.jobs)

@@ -139,9 +139,9 @@ def test_a_demo_stopped_before_its_test_part_is_not_trained_again(
     finished: DemoResult, tiny: Backbone, tmp_path: Path
 ) -> None:
     # Five steps in each of two epochs ask; the eleventh question comes after training.
-    asked = iter([False] * 10 + [True])
+    stops = iter([False] * 10 + [True])
     with pytest.raises(Interrupted, match="after training"):
-        run_demo(tmp_path, backbone=tiny, config=CONFIG, should_stop=lambda: next(asked))
+        run_demo(tmp_path, backbone=tiny, config=CONFIG, should_stop=lambda: next(stops))
     assert "scores" not in record_of(tmp_path)
     seen: list[Progress] = []
     result = run_demo(tmp_path, backbone=tiny, config=CONFIG, report=seen.append)

@@ -168,9 +168,9 @@ def test_tables_hold_what_is_done() -> None:
 def test_tables_follow_further_seeds() -> None:
     """What is kept of finished pairs is drawn again when a seed joins."""
     collector = Collector(Results("compare"), ["p"], {"t": None})
-    one, two = done("t", "p", [1, 1, 1, 1]), done("t", "p", [0, 0, 0, 0], seed=1)
-    assert collector.collect([one]).tasks["t"]["p"]["p_at_1"].value == 1.0
-    both = collector.collect([one, two]).tasks["t"]["p"]["p_at_1"]
+    first, second = done("t", "p", [1, 1, 1, 1]), done("t", "p", [0, 0, 0, 0], seed=1)
+    assert collector.collect([first]).tasks["t"]["p"]["p_at_1"].value == 1.0
+    both = collector.collect([first, second]).tasks["t"]["p"]["p_at_1"]
     assert (both.value, both.seeds) == (0.5, 2)
 
 
@@ -197,9 +197,9 @@ def test_methods_that_differ_are_named_after_their_folder(run: Run, tmp_path: Pa
     together = run("all", vary={"encoder": ["none"]})
     table = merged([tmp_path / "lstm", tmp_path / "none"])
     assert list(table.tasks["task"]) == ["majority", "manual", "p-tuning (lstm)", "p-tuning (none)"]
-    for one, other in {"p-tuning (lstm)": "p-tuning", "p-tuning (none)": "p-tuning encoder=none"}.items():
-        assert table.tasks["task"][one] == together.tasks["task"][other]
-        assert table.methods[one].learns_slots
+    for first, second in {"p-tuning (lstm)": "p-tuning", "p-tuning (none)": "p-tuning encoder=none"}.items():
+        assert table.tasks["task"][first] == together.tasks["task"][second]
+        assert table.methods[first].learns_slots
     gap = table.differences["p-tuning (lstm) - p-tuning (none)"]
     assert gap == together.differences["p-tuning - p-tuning encoder=none"]
     assert table.differences["p-tuning (none) - manual"]

@@ -74,7 +74,7 @@ def record(number: int, *, start: int = 0) -> list[dict[str, object]]:
     return [
         {
             "idx": at,
-            "passage": {"text": text, "entities": [{"start": one["start"], "end": one["end"]} for one in spans]},
+            "passage": {"text": text, "entities": [{"start": span["start"], "end": span["end"]} for span in spans]},
             "qas": [{"idx": at, "query": f"@placeholder is {at}", "answers": [spans[at % 2]]}],
         }
         for at in range(start, start + number)
@@ -165,13 +165,13 @@ def test_groups_are_never_cut(whole: Path) -> None:
     job = task_job(load_task("MultiRC"), whole, seeds=[0])
     groups = [{row.group for row in part} for part in (job.task.train, job.task.dev, job.test)]
     assert not groups[0] & groups[1]
-    assert [len(part) for part in (job.task.train, job.task.dev)] == [2 * len(one) for one in groups[:2]]
+    assert [len(part) for part in (job.task.train, job.task.dev)] == [2 * len(group) for group in groups[:2]]
     drawn = draw_questions(job.test, 5, seed=0)
     assert len(drawn) == 6  # three questions of two answers
     assert [row for row in job.test if row in drawn] == list(drawn)
-    one, other = draw_few(Questions([*job.task.train, *job.task.dev]), 4, seed=1)
-    assert len({row.group for row in one}) == len({row.group for row in other}) == 4  # a question is one example
-    assert len(one) == 8
+    first, second = draw_few(Questions([*job.task.train, *job.task.dev]), 4, seed=1)
+    assert len({row.group for row in first}) == len({row.group for row in second}) == 4  # a question is one example
+    assert len(first) == 8
 
 
 def test_few_examples_are_balanced_and_drawn_by_seed(few: Path) -> None:
@@ -215,8 +215,8 @@ def test_the_majority_of_choices_is_the_place_that_is_right_most_often(
     causal: Backbone, few: Path, tmp_path: Path
 ) -> None:
     lines(few / "COPA/train.jsonl", [{**row, "label": 1} for row in copa(12)])
-    found = run(causal, few, tmp_path / "out", tasks="COPA")
-    assert found.tasks["COPA"]["majority"]["score"].value == pytest.approx(4 / 9)  # rows 31, 33, 35, 37 of 30 to 38
+    results = run(causal, few, tmp_path / "out", tasks="COPA")
+    assert results.tasks["COPA"]["majority"]["score"].value == pytest.approx(4 / 9)  # rows 31, 33, 35, 37 of 30 to 38
     rows = [
         json.loads(line)
         for line in (tmp_path / "out/cells/COPA/majority/seed-0/predictions.jsonl").read_text().splitlines()

@@ -17,18 +17,18 @@ def test_scores_equal_a_loop_as_in_the_script() -> None:
     draw = random.Random(0)
     labels = ["".join(draw.choices(SIGNS, k=draw.randrange(5, 30))) for _ in range(50)]
     texts = ["".join(sign for sign in label if draw.random() < 0.8) or "的" for label in labels]
-    found = chatglm(texts, [[label] for label in labels])
+    own = chatglm(texts, [[label] for label in labels])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for at, (text, label) in enumerate(zip(texts, labels, strict=True)):
             scores = Rouge().get_scores(" ".join(jieba.cut(text)), " ".join(jieba.cut(label)))[0]
             for name in ("rouge-1", "rouge-2", "rouge-l"):
-                assert found[name][at] == pytest.approx(scores[name]["f"] * 100)
+                assert own[name][at] == pytest.approx(scores[name]["f"] * 100)
             bleu = sentence_bleu([list(label)], list(text), smoothing_function=SmoothingFunction().method3)
-            assert found["bleu-4"][at] == pytest.approx(bleu * 100)
+            assert own["bleu-4"][at] == pytest.approx(bleu * 100)
 
 
 def test_an_empty_text_scores_nothing_and_the_best_reference_counts() -> None:
-    found = chatglm(["", "非洲国家"], [["非洲"], ["上衣", "非洲国家"]])
-    assert found["rouge-1"] == [0.0, pytest.approx(100.0, abs=1e-3)]
-    assert found["bleu-4"][1] > 0
+    own = chatglm(["", "非洲国家"], [["非洲"], ["上衣", "非洲国家"]])
+    assert own["rouge-1"] == [0.0, pytest.approx(100.0, abs=1e-3)]
+    assert own["bleu-4"][1] > 0

@@ -37,17 +37,17 @@ def data(tmp_path: Path) -> Path:
 
 def run(data: Path, backbone: Backbone, **options: Any) -> tuple[dict[str, Wordings], dict[str, Any]]:
     options = {"methods": "manual", "out": data.parent / "out", "relations": "P36", **options}
-    found = paraphrases(data, backbone=backbone, config=TrainConfig(epochs=1, batch_size=8), **options)
-    return found, json.loads((options["out"] / "results.json").read_text(encoding="utf-8"))
+    wordings = paraphrases(data, backbone=backbone, config=TrainConfig(epochs=1, batch_size=8), **options)
+    return wordings, json.loads((options["out"] / "results.json").read_text(encoding="utf-8"))
 
 
 def test_which_wordings_a_model_can_use() -> None:
-    found = usable_wordings(relation("[X] is [Y] .", *PATTERNS), kind="masked")
-    assert found == ["[X] is [Y] .", *PATTERNS]
+    usable = usable_wordings(relation("[X] is [Y] .", *PATTERNS), kind="masked")
+    assert usable == ["[X] is [Y] .", *PATTERNS]
     assert usable_wordings(relation(None, *PATTERNS, PATTERNS[0], f"{PATTERNS[3]} "), kind="masked") == [*PATTERNS]
     # A causal model needs all fields first, and does not see what comes after the target.
-    found = usable_wordings(relation("[X] is [Y] .", *PATTERNS, "[X] in {y2} is [Y] of {y2}"), kind="causal")
-    assert found == ["[X] is [Y] .", "So [X] is [Y] .", "In all [X] was [Y]"]
+    usable = usable_wordings(relation("[X] is [Y] .", *PATTERNS, "[X] in {y2} is [Y] of {y2}"), kind="causal")
+    assert usable == ["[X] is [Y] .", "So [X] is [Y] .", "In all [X] was [Y]"]
 
 
 def test_every_wording_is_a_task_over_the_same_facts(data: Path, make_backbone: Callable[[str], Backbone]) -> None:
@@ -68,12 +68,12 @@ def test_every_wording_is_a_task_over_the_same_facts(data: Path, make_backbone: 
 
 
 def test_the_spread_and_its_table(data: Path, causal: Backbone) -> None:
-    found, results = run(data, causal, methods="manual,p-tuning", wordings=2, limit=10)
-    assert list(found["P36"].patterns.values()) == ["[X] is [Y] .", "So [X] is [Y] ."]
+    spreads, results = run(data, causal, methods="manual,p-tuning", wordings=2, limit=10)
+    assert list(spreads["P36"].patterns.values()) == ["[X] is [Y] .", "So [X] is [Y] ."]
     for method in ("manual", "p-tuning"):
         values = {task: results["tasks"][task][method]["p_at_1"]["value"] for task in ("P36.01", "P36.02")}
-        assert found["P36"].scores[method] == values
-    assert (data.parent / "out" / "wordings.md").read_text(encoding="utf-8") == table(found["P36"])
+        assert spreads["P36"].scores[method] == values
+    assert (data.parent / "out" / "wordings.md").read_text(encoding="utf-8") == table(spreads["P36"])
     scores = {"manual": {"P1.01": 0.25, "P1.02": 1.0}, "p-tuning": {"P1.02": 0.5}}
     lines = table(Wordings({"P1.01": "a", "P1.02": "b"}, scores)).splitlines()
     assert lines[2:] == [
@@ -87,8 +87,8 @@ def test_relations_with_one_wording_are_left_out_with_a_warning(
     data: Path, causal: Backbone, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "ptuning"):
-        found, _ = run(data, causal, relations="all")
-    assert list(found) == ["P36"]
+        spreads, _ = run(data, causal, relations="all")
+    assert list(spreads) == ["P36"]
     assert "P17" in caplog.text
     with pytest.raises(RecordError, match="paraphrases/RELATION"):
         run(data, causal, relations="P17", out=data.parent / "other")

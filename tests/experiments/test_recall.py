@@ -53,8 +53,8 @@ def test_names_are_one_token_wherever_they_stand() -> None:
 
 def test_every_word_that_is_held_back_in_one_wording_stands_in_a_sentence() -> None:
     """A held-back wording with a word that the model never saw would fail for a reason of its own."""
-    for one in WORDINGS.values():
-        for wording in one["held_back"]:
+    for wordings in WORDINGS.values():
+        for wording in wordings["held_back"]:
             text = filled(Template.parse(wording).pieces, {"x": "Kenya", "y": "Nairobi"})
             assert TOKENIZER.unk_token_id not in words(text), wording
 
@@ -97,19 +97,19 @@ def test_masks(fraction: float) -> None:
 def test_the_whole_path_at_a_toy_size(tmp_path: Path) -> None:
     out = tmp_path / "recall"
     recall.run(TOY, out=out, report=lambda _: None)
-    found = recall.read_results(out / recall.RESULTS_FILE)
-    for name, one in found.items():
-        assert one["facts"] == {"train": 6, "dev": 2, "test": 8}
-        assert set(one["held_back"]["each"]) == set(WORDINGS[name]["held_back"])
-        assert set(one["p_tuning"]["each"]) == set(one["p_tuning_random_weights"]["each"]) == {"seed 0", "seed 1"}
-        assert one["p_tuning"]["mean"]["n"] == 8
-    assert (out / recall.TABLE_FILE).read_text(encoding="utf-8") == recall.tables(found)
+    results = recall.read_results(out / recall.RESULTS_FILE)
+    for name, result in results.items():
+        assert result["facts"] == {"train": 6, "dev": 2, "test": 8}
+        assert set(result["held_back"]["each"]) == set(WORDINGS[name]["held_back"])
+        assert set(result["p_tuning"]["each"]) == set(result["p_tuning_random_weights"]["each"]) == {"seed 0", "seed 1"}
+        assert result["p_tuning"]["mean"]["n"] == 8
+    assert (out / recall.TABLE_FILE).read_text(encoding="utf-8") == recall.tables(results)
     # What is left can be used as any other backbone, prompt and data.
     backbone = ptuning.load_backbone(out / recall.MODEL_FOLDER)
     prompt = ptuning.Prompt.load(out / "prompts" / "capitals" / "seed-0" / "prompt")
     test = ptuning.load_records(out / "facts" / "capitals" / "test.jsonl")
     hits = recall.hits(ptuning.PromptModel(backbone), prompt, test)
-    assert sum(hits) / len(hits) == found["capitals"]["p_tuning"]["each"]["seed 0"]["value"]
+    assert sum(hits) / len(hits) == results["capitals"]["p_tuning"]["each"]["seed 0"]["value"]
     with pytest.raises(FileError, match="not empty"):
         recall.run(TOY, out=out, report=lambda _: None)
 

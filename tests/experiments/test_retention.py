@@ -40,23 +40,23 @@ def test_the_cost_equals_a_plain_loop(causal: Backbone) -> None:
     """All slots of the template in a row, in their order, without its words; nats over tokens of all sentences."""
     prompt = learned(causal, TEMPLATE)
     assert prompt.slot_vectors is not None
-    found = retention(PromptModel(causal), prompt, sentences=SENTENCES)
+    cost = retention(PromptModel(causal), prompt, sentences=SENTENCES)
     on = [nats(causal, prompt.slot_vectors, text) for text in SENTENCES]
     off = [nats(causal, torch.zeros(0, causal.width), text) for text in SENTENCES]
     tokens = sum(count for _, count in on)
-    assert math.isclose(found.with_prompt, sum(one for one, _ in on) / tokens, rel_tol=1e-4)
-    assert math.isclose(found.without, sum(one for one, _ in off) / tokens, rel_tol=1e-4)
-    assert found.score.value == pytest.approx(found.with_prompt - found.without)
-    assert found.score.n == 3
+    assert math.isclose(cost.with_prompt, sum(total for total, _ in on) / tokens, rel_tol=1e-4)
+    assert math.isclose(cost.without, sum(total for total, _ in off) / tokens, rel_tol=1e-4)
+    assert cost.score.value == pytest.approx(cost.with_prompt - cost.without)
+    assert cost.score.n == 3
 
 
 @pytest.mark.parametrize("template", ["[D*2] [X] [D] [P] so [Y]", "[X] [D*4] so [Y]", "[D*4] [X] is [Y]"])
 def test_deep_slots_stand_in_front_as_others_do(causal: Backbone, template: str) -> None:
     """Slots that hold tokens cost what these tokens in front cost, in a block or in the row."""
     prompt = Prompt.from_token_ids(template, [5, 6, 7, 8], causal)
-    found = retention(PromptModel(causal), prompt, sentences=SENTENCES)
+    cost = retention(PromptModel(causal), prompt, sentences=SENTENCES)
     on = [nats(causal, causal.embed(torch.tensor([[5, 6, 7, 8]]))[0], text) for text in SENTENCES]
-    assert math.isclose(found.with_prompt, sum(one for one, _ in on) / sum(count for _, count in on), rel_tol=1e-4)
+    assert math.isclose(cost.with_prompt, sum(total for total, _ in on) / sum(count for _, count in on), rel_tol=1e-4)
 
 
 def test_a_prompt_that_costs_nothing_is_not_asked(causal: Backbone, masked: Backbone) -> None:

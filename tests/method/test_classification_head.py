@@ -62,14 +62,14 @@ def under_head(backbone: Backbone, example: Example) -> torch.Tensor:
     return logits
 
 
-def bound(backbone: Backbone, one: Task) -> TokenizedTemplate:
-    return TokenizedTemplate(head_template(one, kind=backbone.kind), tokenizer=backbone.tokenizer, kind=backbone.kind)
+def bound(backbone: Backbone, mood: Task) -> TokenizedTemplate:
+    return TokenizedTemplate(head_template(mood, kind=backbone.kind), tokenizer=backbone.tokenizer, kind=backbone.kind)
 
 
 def test_it_reads_the_fields_and_a_choice_without_words_around(backbone: Backbone) -> None:
     for file, texts in ((LABELS, ["the movie yes"]), (CHOICES, ["the movie yes yes", "the movie yes no"])):
-        one = task(file)
-        item = head_items(bound(backbone, one), Questions(one.train[:1]), one.answer_space)[0]
+        mood = task(file)
+        item = head_items(bound(backbone, mood), Questions(mood.train[:1]), mood.answer_space)[0]
         read = [
             backbone.tokenizer.decode(
                 [token for token in row.token_ids if token not in backbone.tokenizer.special_ids.values()]
@@ -87,11 +87,11 @@ def test_it_reads_the_fields_and_a_choice_without_words_around(backbone: Backbon
 def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbone) -> None:
     """The same as transformers' own hidden states under the head, row by row, whatever is beside it."""
     other = with_head(backbone, 2, seed=0)
-    one = task(LABELS)
-    items = head_items(bound(other, one), one.train, one.answer_space)
-    found = target_logits(other, inputs_of(items), PromptBatch.none(other.width))  # (N, 2)
-    assert found.shape == (len(items), 2)
-    for row, item in zip(found, items, strict=True):
+    mood = task(LABELS)
+    items = head_items(bound(other, mood), mood.train, mood.answer_space)
+    logits = target_logits(other, inputs_of(items), PromptBatch.none(other.width))  # (N, 2)
+    assert logits.shape == (len(items), 2)
+    for row, item in zip(logits, items, strict=True):
         (example,) = item.inputs
         expected = under_head(other, example)
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
@@ -99,8 +99,8 @@ def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbo
 
 def test_choices_are_scored_each_from_its_own_row(causal: Backbone) -> None:
     other = with_head(causal, 1, seed=0)
-    one = task(CHOICES)
-    items = head_items(bound(other, one), one.train, one.answer_space)
+    mood = task(CHOICES)
+    items = head_items(bound(other, mood), mood.train, mood.answer_space)
     scores = class_scores(
         items, score_continuations(items, target_logits(other, inputs_of(items), PromptBatch.none(other.width)))
     )
@@ -122,12 +122,12 @@ def test_it_learns_and_leaves_the_backbone_alone(file: TaskFile, backbone: Backb
 
 
 def test_two_trainings_are_the_same_and_rows_without_labels_are_answered(causal: Backbone) -> None:
-    one = task(LABELS)
+    mood = task(LABELS)
     setup = Setup(causal, config=QUICK.adapted(epochs=2))
-    models = [HeadModel(one, setup, QUICK.adapted(epochs=2, train_backbone="full")) for _ in range(2)]
-    answers = [model.answer(one.train) for model in models]
+    models = [HeadModel(mood, setup, QUICK.adapted(epochs=2, train_backbone="full")) for _ in range(2)]
+    answers = [model.answer(mood.train) for model in models]
     assert answers[0] == answers[1]
-    bare = LABELS.read_rows([{"text": row.record["text"]} for row in one.train], labelled=False)
+    bare = LABELS.read_rows([{"text": row.record["text"]} for row in mood.train], labelled=False)
     assert [answer.text for answer in models[0].answer(bare)] == [answer.text for answer in answers[0]]
     assert not any(answer.hit for answer in models[0].answer(bare))
 
@@ -147,17 +147,17 @@ def test_it_reads_where_the_librarys_own_class_does(family: str) -> None:
     if family == "xlnet":  # its summary has a layer of its own between the hidden state and the classifier
         theirs.sequence_summary.summary, theirs.sequence_summary.activation = nn.Identity(), nn.Identity()
 
-    one = task(LABELS)
-    items = head_items(bound(other, one), one.train, one.answer_space)
-    found = target_logits(other, inputs_of(items), PromptBatch.none(other.width))  # (N, 2)
+    mood = task(LABELS)
+    items = head_items(bound(other, mood), mood.train, mood.answer_space)
+    logits = target_logits(other, inputs_of(items), PromptBatch.none(other.width))  # (N, 2)
 
     tokenizer = tokenizer_of(FAMILIES[family].tokenizer)
-    for row, item in zip(found, items, strict=True):
+    for row, item in zip(logits, items, strict=True):
         (example,) = item.inputs
         ids = list(example.token_ids[: example.encoder_tokens or None])
-        assert ids == tokenizer(one.train[items.index(item)].record["text"])["input_ids"]
+        assert ids == tokenizer(mood.train[items.index(item)].record["text"])["input_ids"]
         torch.testing.assert_close(row, theirs(input_ids=torch.tensor([ids])).logits[0], atol=1e-5, rtol=0)
-    assert float(found.std(dim=0).max()) > 1e-4, "all rows alike would show nothing"
+    assert float(logits.std(dim=0).max()) > 1e-4, "all rows alike would show nothing"
 
 
 def test_a_head_reads_the_layers_width_where_embeddings_are_narrower() -> None:

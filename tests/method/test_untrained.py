@@ -164,13 +164,13 @@ def test_texts_are_chosen_by_their_first_metric_on_as_many_records_as_a_training
     causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The share of hits is 0 for all."""
-    asked: list[int] = []
+    counts: list[int] = []
 
     def stand_in(_: Task, __: Setup, template: Template, *, closed: object) -> Solution:
         longer = str(template).count("\n") == 4
 
         def answer(questions: Questions) -> list[Answer]:
-            asked.append(len(questions))
+            counts.append(len(questions))
             return [Answer(f"so {row.record['y']}" if longer else "nothing", hit=False) for row in questions]
 
         return Solution(answer)
@@ -182,7 +182,7 @@ def test_texts_are_chosen_by_their_first_metric_on_as_many_records_as_a_training
     chosen: Any = solution.record["chosen"]
     assert chosen["settings"] == {"examples": 4, "draw": 0}
     assert 10 < chosen["dev_score"] <= 100
-    assert set(asked) == {2}
+    assert set(counts) == {2}
 
 
 def test_examples_before_the_question_of_a_masked_model(masked: Backbone) -> None:

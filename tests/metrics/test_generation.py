@@ -41,35 +41,35 @@ def streams(references: list[list[str]]) -> Any:
     return [[own[at] if at < len(own) else None for own in references] for at in range(most)]
 
 
-def the(found: object, name: str) -> RowScores:
+def the(scores: object, name: str) -> RowScores:
     """Return a score of a metric."""
-    assert isinstance(found, dict)
-    one = found[name]
-    assert isinstance(one, RowScores)
-    return one
+    assert isinstance(scores, dict)
+    score = scores[name]
+    assert isinstance(score, RowScores)
+    return score
 
 
 @pytest.mark.parametrize("most", [1, 4])
 def test_bleu_and_chrf_equal_sacrebleu_to_the_last_digit(most: int) -> None:
     for seed in range(0, 40, 3):
         texts, references = pairs(seed, rows=1 + seed, most=most)
-        for name, found, library in (
+        for name, scores, library in (
             ("bleu", generation.bleu(texts, references), sacrebleu.BLEU(force=True)),
             ("bleu-lc", generation.bleu(texts, references, lowercase=True), sacrebleu.BLEU(force=True, lowercase=True)),
             ("chrf", generation.chrf(texts, references), sacrebleu.CHRF()),
         ):
             right = library.corpus_score(texts, streams(references))
-            assert value_of(the(found, name).values) == right.score
-            assert the(found, name).signature == str(library.get_signature())
+            assert value_of(the(scores, name).values) == right.score
+            assert the(scores, name).signature == str(library.get_signature())
 
 
 def test_chinese_is_cut_into_characters() -> None:
     texts, references = pairs(0, rows=20, words=list(SIGNS))
-    found = the(generation.bleu(texts, references), "bleu")
-    assert "tok:zh" in str(found.signature)
+    scores = the(generation.bleu(texts, references), "bleu")
+    assert "tok:zh" in str(scores.signature)
     assert "tok:13a" in str(the(generation.bleu(*pairs(0, rows=20)), "bleu").signature)
     right = sacrebleu.BLEU(tokenize="zh", force=True).corpus_score(texts, streams(references)).score
-    assert value_of(found.values) == right
+    assert value_of(scores.values) == right
 
 
 @pytest.mark.parametrize("most", [1, 4])
@@ -77,10 +77,10 @@ def test_rouge_equals_rouge_score(most: int) -> None:
     texts, references = pairs(1, rows=250, most=most)
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     rows = [scorer.score_multi(own, text) for text, own in zip(texts, references, strict=True)]
-    found = generation.rouge(texts, references)
+    scores = generation.rouge(texts, references)
     for name, theirs in (("rouge-1", "rouge1"), ("rouge-2", "rouge2"), ("rouge-l", "rougeL")):
         right = sum(row[theirs].fmeasure for row in rows) / len(rows)
-        assert abs(value_of(found[name].values) - right) < 1e-12
+        assert abs(value_of(scores[name].values) - right) < 1e-12
 
 
 def test_a_resample_of_rows_is_scored_as_the_library_scores_these_rows() -> None:
@@ -111,10 +111,10 @@ def test_every_metric_is_full_for_the_reference_itself() -> None:
     records = as_records([{"x": f"name#{name}", "y": own} for name, own in zip(names, references, strict=True)])
     texts = [str(own) for own in references]
     scores = score_texts(texts, records, list(TEXT_METRICS))
-    for name, one in scores.items():
+    for name, scored in scores.items():
         best = 100.0 if name.startswith(("bleu", "chrf")) else 1.0
-        assert one.score.value == pytest.approx(best, abs=1e-3), name
-        assert one.score.n == 3
+        assert scored.score.value == pytest.approx(best, abs=1e-3), name
+        assert scored.score.n == 3
     assert scores["bleu"].to_json()["signature"] == scores["bleu"].signature
     assert "signature" not in scores["coverage"].to_json()
     assert value_of_texts(texts, records, "rouge") == scores["rouge-1"].score.value
@@ -134,8 +134,8 @@ def test_the_last_number_of_a_text(text: str, number: object) -> None:
 def test_numeric_and_exact_match() -> None:
     texts, references = ["12 + 7 = 19.", "19 or 20", "none", "4"], [["= 19"], ["19"], ["none"], ["5", "four: 4"]]
     assert generation.numeric_match(texts, references)["last-number"].values == [1.0, 0.0, 0.0, 1.0]
-    found = generation.exact(["the Nairobi!", "Nairobi, Kenya", ""], [["Nairobi"], ["Nairobi", "Kenya"], [""]])
-    assert found["exact"].values == [1.0, 0.0, 0.0]
+    scores = generation.exact(["the Nairobi!", "Nairobi, Kenya", ""], [["Nairobi"], ["Nairobi", "Kenya"], [""]])
+    assert scores["exact"].values == [1.0, 0.0, 0.0]
 
 
 def test_names_of_metrics_are_read_in_any_case_and_unknown_ones_refused() -> None:

@@ -32,8 +32,8 @@ ROWS = 120
 def estimate(draw: random.Random, value: float, n: int, *, std: bool = False) -> dict[str, Any]:
     value = min(0.98, max(0.01, value + draw.uniform(-0.05, 0.05)))
     half = draw.uniform(0.02, 0.09) if n > 1 else 0.0
-    found = {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
-    return {**found, "std": draw.uniform(0.005, 0.03) if std else None, "seeds": len(SEEDS) if std else 1}
+    score = {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
+    return {**score, "std": draw.uniform(0.005, 0.03) if std else None, "seeds": len(SEEDS) if std else 1}
 
 
 def scores_of(draw: random.Random, method: str, n: int) -> dict[str, Any]:

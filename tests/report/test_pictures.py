@@ -42,8 +42,8 @@ def test_the_lowest_panel_of_each_column_names_the_epochs() -> None:
 
 def test_matrices_are_drawn_as_shapes_and_few_labels_beside_each_other() -> None:
     def drawn(size: int, panels: int = 3) -> str:
-        one = Confusion(tuple(f"label {at}" for at in range(size)), tuple((at + 1,) * size for at in range(size)))
-        return matrices({f"method {at}": one for at in range(panels)}, name="confusion-1")
+        matrix = Confusion(tuple(f"label {at}" for at in range(size)), tuple((at + 1,) * size for at in range(size)))
+        return matrices({f"method {at}": matrix for at in range(panels)}, name="confusion-1")
 
     few, many = drawn(3), drawn(13)
     assert "<image" not in few + many

@@ -1,7 +1,6 @@
 """The schema of results.json and predictions.jsonl: what is written is read back, and a wrong value is named."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,29 +150,3 @@ def test_a_learning_curve_begins_at_the_start(tmp_path: Path) -> None:
     path.write_text(json.dumps({**record, "history": [{"epoch": "one"}]}), encoding="utf-8")
     with pytest.raises(FileError, match=r"run\.json.*history #1\.epoch"):
         read_curve(tmp_path)
-
-
-def test_methods_and_finished_cells_are_found_without_a_search_through_all() -> None:
-    """3,000 tasks of 300 methods would be looked through for each task."""
-
-    class Counted(tuple[CellRecord, ...]):
-        seen = 0
-
-        def __iter__(self) -> Iterator[CellRecord]:
-            Counted.seen += 1
-            return super().__iter__()
-
-    cells = Counted(
-        CellRecord(f"t{at}", "manual", seed, "done" if at else "failed", {}, 1, 1.0, 1, f"cells/{at}", None)
-        for at in range(50)
-        for seed in (1, 0)
-    )
-    results = Results("compare", cells=cells, tasks={f"t{at}": {} for at in range(50)})
-    assert [cell.seed for cell in results.done("manual", "t7")] == [0, 1]
-    assert results.done("manual", "t0") == results.done("other") == []
-    assert len(results.done("manual")) == 98
-    for task in results.tasks:
-        assert results.ordered(["b", "manual", "b"]) == ["manual", "b"]
-        results.done("manual", task)
-        assert results.pair
-    assert Counted.seen <= 2

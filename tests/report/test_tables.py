@@ -45,15 +45,15 @@ def test_the_main_table_holds_the_means_of_every_method(lama: Path) -> None:
     assert [row[0].split(",")[0] for row in table[1:]] == list(METHODS)
     for row, method in zip(table[1:], METHODS, strict=True):
         for cell, name in zip(row[1:5], SCORES, strict=True):
-            one = results["macro"][method].get(name)
-            if one is None:
+            score = results["macro"][method].get(name)
+            if score is None:
                 assert cell == "–"
                 continue
             best = max(scores[name]["value"] for scores in results["macro"].values() if name in scores)
-            spread = f", sd {100 * one['std']:.1f}, 2 seeds" if one["std"] else ""
+            spread = f", sd {100 * score['std']:.1f}, 2 seeds" if score["std"] else ""
             assert cell == (
-                f"{100 * one['value']:.1f}\N{NO-BREAK SPACE}%{' ★' if one['value'] == best else ''}, "
-                f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}], n = 3{spread}"
+                f"{100 * score['value']:.1f}\N{NO-BREAK SPACE}%{' ★' if score['value'] == best else ''}, "
+                f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}], n = 3{spread}"
             )
         assert row[5] == ("4" if method in TRAINED else "1")
 
@@ -85,8 +85,8 @@ def test_methods_are_columns_with_the_best_first(lama: Path) -> None:
 def test_too_few_choices_have_no_correlation(lama: Path) -> None:
     cells = [{"task": "P36", "method": "manual", "seed": seed, "dev": 0.5, "test": 0.4} for seed in range(5)]
     for count, correlation, shown in ((4, 1.0, "unknown"), (5, None, "undefined"), (5, 0.5, "is 0.50")):
-        found = {"cells": cells[:count], "correlation": correlation, "mean_gap": 0.1}
-        change(lama, lambda results, found=found: results.update(agreement=found))  # type: ignore[misc]
+        choices = {"cells": cells[:count], "correlation": correlation, "mean_gap": 0.1}
+        change(lama, lambda results, choices=choices: results.update(agreement=choices))  # type: ignore[misc]
         text = page_of(lama).text
         assert shown in text
         assert f"the mean difference is +10.0 points; n = {count} runs" in text
@@ -95,7 +95,7 @@ def test_too_few_choices_have_no_correlation(lama: Path) -> None:
 def test_equal_or_single_values_have_no_interval(lama: Path) -> None:
     """A width of zero would claim to know the mean exactly."""
     equal = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
-    change(lama, lambda found: found["macro"]["majority"]["p_at_1"].update(equal))
+    change(lama, lambda results: results["macro"]["majority"]["p_at_1"].update(equal))
     tables = page_of(lama).tables
     table = next(table for table in tables if "tried" in table[0])
     assert table[1][1] == "0.0\N{NO-BREAK SPACE}%, no interval, n = 2"

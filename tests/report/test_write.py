@@ -96,7 +96,7 @@ def test_the_page_needs_nothing_but_itself(lama: Path) -> None:
 
 def test_pictures_of_an_earlier_report_do_not_stay(lama: Path) -> None:
     write_report(lama)
-    change(lama, lambda found: found.update(tasks={}))
+    change(lama, lambda results: results.update(tasks={}))
     write_report(lama)
     assert sorted(path.name for path in (lama / "pictures").iterdir()) == ["curves.svg"]
 
@@ -142,10 +142,10 @@ def test_every_table_of_the_page_has_its_file(lama: Path) -> None:
     assert len(names) == 2 * count
     assert names[0] == "table-01-scores.csv"
     assert {name[:9] for name in names} == {f"table-{number:02d}-" for number in range(1, count + 1)}
-    change(lama, lambda found: found["macro"]["manual"]["p_at_1"].update(value=0.123456))
+    change(lama, lambda results: results["macro"]["manual"]["p_at_1"].update(value=0.123456))
     write_report(lama)  # tables that are there are written again, and stay what the page says
     assert "0.123456" in (lama / "tables" / "table-01-scores.csv").read_text(encoding="utf-8")
-    change(lama, lambda found: found.update(by_type={}))
+    change(lama, lambda results: results.update(by_type={}))
     write_report(lama)
     assert len(list((lama / "tables").iterdir())) == 2 * len(page_of(lama).tables) < 2 * count
     (lama / "tables" / "table-1-mine.csv").write_text("a,b\n", encoding="utf-8")
@@ -200,7 +200,7 @@ def test_latex_prints_names_as_they_are(lama: Path) -> None:
         columns = len(re.split(r"(?<!\\)&", row))
         assert all(len(re.split(r"(?<!\\)&", line)) == columns for line in body.splitlines() if line.endswith("\\\\"))
     scores = (lama / "tables" / "table-01-scores.tex").read_text(encoding="utf-8")
-    best = max(one["p_at_1"].value for one in read_results(lama).macro.values())
+    best = max(scores["p_at_1"].value for scores in read_results(lama).macro.values())
     assert rf"\textbf{{{100 * best:.1f}~\%}}" in scores
     assert r"\label{tab:01-scores}" in scores
     assert build_page(read_results(lama)).sections[0].heading == "Scores"
