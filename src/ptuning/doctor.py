@@ -1,12 +1,6 @@
-"""Checks of the installation: packages, this machine, a backbone, prompts and a running server. Nothing is changed.
-
-``run_checks`` calls one function for each of them, in the order of this module.
-"""
-
-from __future__ import annotations
+"""Checks of the installation: packages, this machine, a backbone, prompts and a running server. Nothing is changed."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import platform
@@ -25,7 +19,6 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
 
 from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone
@@ -47,17 +40,6 @@ from ptuning.serve import PORT
 from ptuning.template.segments import FILLS_MASKS
 
 PACKAGE = "ptuning"
-# The lines of constraints.txt, which is in no wheel, for the packages that are checked; a test keeps them equal.
-TESTED = (
-    "torch==2.13.0",
-    'transformers==5.20.2 ; python_version < "3.11"',
-    'transformers==5.23.0 ; python_version >= "3.11"',
-    "tokenizers==0.23.3",
-    "safetensors==0.8.0",
-    "peft==0.21.2",
-    "huggingface-hub==2.4.0",
-)
-OPTIONAL = {"peft": "prompts with LoRA adapters, and exports"}
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container
 MIN_FREE_BYTES = 10**9  # the default backbone takes half of it
 # Norm of a slot relative to the mean norm of a token: 0.6 to 1.2 in trained prompts of the default backbone.
@@ -66,9 +48,7 @@ TOLERANCE = 1e-3  # of log-probabilities: rounding
 TIMED_REQUESTS = 5
 COMPARED_ANSWERS = 5
 SECONDS, ANSWER_SECONDS = 10.0, 120.0  # of a request to a server, and of one that computes an answer
-MAX_BYTES = 2**22  # of an answer
 NAME_BACKBONE = "name a backbone"
-GIVE_KEY = "give the key that the server was started with"
 READ_LOG = "see the server's log"
 
 Status = Literal["ok", "warning", "failed"]
@@ -86,14 +66,8 @@ class Check:
     remedy: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("detail", "remedy"):
-            object.__setattr__(self, name, cut(" ".join(str(getattr(self, name)).split()), 500))
-        if self.status == "ok":
-            object.__setattr__(self, "remedy", "")
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the check as ``doctor --json`` prints it."""
-        return dataclasses.asdict(self)
+        object.__setattr__(self, "detail", cut(" ".join(self.detail.split()), 500))
+        object.__setattr__(self, "remedy", "" if self.status == "ok" else cut(" ".join(self.remedy.split()), 500))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +85,7 @@ def run_checks(
     *,
     backbone: str | None = None,
     options: LoadOptions | None = None,
-    server: Server | None = None,
+    server: "Server | None" = None,
     progress: Progress = lambda _: nullcontext(),
 ) -> Iterator[Check]:
     """Yield all checks, each as soon as it is made. The backbone is the given one, else that of the first prompt, else
@@ -123,7 +97,6 @@ def run_checks(
     read = read_prompts(prompts)
     yield from check_packages()
     yield from check_machine()
-    yield from check_extras()
     name, options = backbone, options or LoadOptions()
     own = next((item.prompt.backbone for item in read if item.prompt is not None and item.prompt.backbone), None)
     if name is None and own is not None:
@@ -153,83 +126,44 @@ def run_checks(
 
 
 def check_packages() -> Iterator[Check]:
-    """Compare the versions of Python and packages with those needed and tested."""
-    needed: dict[str, SpecifierSet] = {}
+    """Compare the versions of Python and of packages with those needed; an extra that is not installed is no fault."""
     try:
-        python, wanted = platform.python_version(), metadata.metadata(PACKAGE)["Requires-Python"] or ""
-        yield Check("versions", PACKAGE, "ok", VERSION)
-        fits = SpecifierSet(wanted).contains(python, prereleases=True)
-        detail = f"{python}; needed: {wanted}"
-        yield Check("versions", "python", "ok" if fits else "failed", detail, f"install Python {wanted}")
-        own = _requirements(PACKAGE)
-        for requirement in (*own[""], *own.get("lora", ())):
-            needed[requirement.name] = requirement.specifier
+        wanted = metadata.metadata(PACKAGE)["Requires-Python"] or ""
+        lines = [Requirement(line) for line in metadata.requires(PACKAGE) or []]
+        extras = metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
         detail = f"{VERSION}, not installed as a package, so needed versions are unknown"
         yield Check("versions", PACKAGE, "warning", detail, "install it, from its source with: pip install -e .")
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for requirement in _requirements("transformers")[""]:
-            name = requirement.name.replace("_", "-")
-            needed[name] = needed.get(name, SpecifierSet()) & requirement.specifier
-    for name, tested in tested_versions().items():
-        version, install = _installed(name), f"pip install '{name}=={tested}'"
-        status: Status = "ok"
-        detail = f"{version} (tested: {tested})"
-        if version is None:
-            status = "ok" if name in OPTIONAL else "failed"
-            detail = f"not installed; needed for {OPTIONAL[name]}" if name in OPTIONAL else "not installed"
-        elif not needed.get(name, SpecifierSet()).contains(version, prereleases=True):
-            status, detail = "failed", f"{version}; needed: {needed[name]}"
-        elif _series(version) > _series(tested):
-            status, detail = "warning", f"{version} is newer than the tested {tested}"
-            install = f"if something fails: {install}"
-        yield Check("versions", name, status, detail, install)
-
-
-def check_extras() -> Iterator[Check]:
-    """List the optional extras; a missing one is no fault."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for extra, needs in _requirements(PACKAGE).items():
-            missing = [need.name for need in needs if _installed(need.name) is None]
-            if extra and all(need.name != PACKAGE for need in needs):  # an extra of extras is for developers
-                install = f"pip install '{PACKAGE}[{extra}]'"
-                detail = f"not installed (missing: {', '.join(missing)}): {install}" if missing else "installed"
-                yield Check("extras", extra, "ok", detail)
-
-
-def tested_versions() -> dict[str, str]:
-    """Return the tested version of each package with this Python."""
-    lines = [Requirement(line) for line in TESTED]
-    return {
-        line.name: next(iter(line.specifier)).version for line in lines if line.marker is None or line.marker.evaluate()
-    }
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return str(Version(metadata.version(name)))
-    except (metadata.PackageNotFoundError, InvalidVersion, TypeError):
-        return None
-
-
-def _requirements(package: str) -> dict[str, list[Requirement]]:
-    """Return the requirements of a package itself (key "") and of each of its extras."""
-    lines = [Requirement(line) for line in metadata.requires(package) or []]
-    always = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
-    return {"": always} | {
-        extra: [line for line in lines if line not in always and line.marker and line.marker.evaluate({"extra": extra})]
-        for extra in metadata.metadata(package).get_all("Provides-Extra") or []
-    }
-
-
-def _series(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version up to the first that is not 0, whose change may break something.
-
-    >>> _series("5.23.0"), _series("0.21.2")
-    ((5,), (0, 21))
-    """
-    release = Version(version).release
-    return release[: next((at for at, number in enumerate(release) if number), 0) + 1]
+        return
+    yield Check("versions", PACKAGE, "ok", VERSION)
+    python = platform.python_version()
+    fits = SpecifierSet(wanted).contains(python, prereleases=True)
+    remedy = f"install Python {wanted}"
+    yield Check("versions", "python", "ok" if fits else "failed", f"{python}; needed: {wanted}", remedy)
+    for extra in ("", *extras):
+        needed = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": extra})]
+        if extra:
+            needed = [line for line in needed if line.marker and not line.marker.evaluate({"extra": ""})]
+        if any(line.name == PACKAGE for line in needed):  # an extra of extras is for developers
+            continue
+        missing = []
+        for line in needed:
+            try:
+                version = metadata.version(line.name)
+            except metadata.PackageNotFoundError:
+                missing.append(line.name)
+                continue
+            if not line.specifier.contains(version, prereleases=True):
+                detail, remedy = f"{version}; needed: {line.specifier}", f"pip install '{line.name}{line.specifier}'"
+                yield Check("extras" if extra else "versions", line.name, "failed", detail, remedy)
+            elif not extra:
+                yield Check("versions", line.name, "ok", version)
+        if extra:
+            detail = f"not installed (missing: {', '.join(missing)}): pip install '{PACKAGE}[{extra}]'"
+            yield Check("extras", extra, "ok", detail if missing else "installed")
+        else:
+            for name in missing:
+                yield Check("versions", name, "failed", "not installed", f"pip install {name}")
 
 
 def check_machine() -> Iterator[Check]:
@@ -344,18 +278,18 @@ def read_prompts(folders_or_parents: Iterable[str]) -> list[CheckedPrompt]:
 
 
 def _read_one(name: str, folder: str) -> CheckedPrompt:
-    group, again = f"prompt {name}", "copy the whole folder again, or train the prompt again"
-    checks: list[Check] = []
+    group, checks = f"prompt {name}", list[Check]()
     try:
         stored = read_prompt(find_prompt(folder, LoadOptions()))
-        hashes = [stored.manifest.vectors_sha256]
-        if stored.manifest.weights is not None:
-            hashes += stored.manifest.weights.sha256.values()
+        weights = stored.manifest.weights
+        hashes = [stored.manifest.vectors_sha256, *(weights.sha256.values() if weights is not None else ())]
         listed = ", ".join(digest[:12] for digest in hashes)
         checks.append(Check(group, "files", "ok", f"{folder}: sha256 {listed} as in {MANIFEST_FILE}"))
         prompt = Prompt.from_stored(stored)
     except PTuningError as error:
-        remedy = again if has_prompt(Path(folder)) else "name the folder of a prompt, of its run, or of many prompts"
+        remedy = "name the folder of a prompt, of its run, or of many prompts"
+        if has_prompt(Path(folder)):
+            remedy = "copy the whole folder again, or train the prompt again"
         check = Check(group, MANIFEST_FILE if checks else "files", "failed", str(error), remedy)
         return CheckedPrompt(name, folder, [*checks, check])
     checks.append(Check(group, MANIFEST_FILE, "ok", f"{prompt.slots} slots, template {prompt.template}"))
@@ -429,7 +363,7 @@ class Answer:
 
 
 class Server:
-    """Client of a server. Proxies and redirects are not followed, and every request ends after some time.
+    """Client of a server. Proxies and redirects are not followed.
 
     Raises:
         ConfigError: If the URL is none, or holds a password.
@@ -438,7 +372,7 @@ class Server:
     def __init__(self, url: str, key: str | None = None) -> None:
         try:
             parsed = httpx2.URL(url)
-        except httpx2.InvalidURL:
+        except (httpx2.InvalidURL, UnicodeError):
             parsed = httpx2.URL("")
         if parsed.userinfo:
             raise ConfigError("the URL holds a password; keys are read from a file")
@@ -449,139 +383,112 @@ class Server:
         self.url = str(parsed.copy_with(path=parsed.path.rstrip("/").removesuffix("/v1"))).rstrip("/")
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
-    def get(self, path: str) -> Answer:
-        """Read a page."""
-        return self._request("GET", path, None, SECONDS)
-
-    def post(self, path: str, body: Mapping[str, Json]) -> Answer:
-        """Send a request that takes a computation."""
-        return self._request("POST", path, body, ANSWER_SECONDS)
-
-    def _request(self, method: str, path: str, body: Mapping[str, Json] | None, seconds: float) -> Answer:
-        began, data = time.perf_counter(), b""
+    def request(self, path: str, body: Mapping[str, Json] | None = None) -> Answer:
+        """Read a page, or post a request that takes a computation."""
+        began, seconds = time.perf_counter(), SECONDS if body is None else ANSWER_SECONDS
         try:
-            with (
-                httpx2.Client(timeout=seconds, trust_env=False, headers=self._headers) as client,
-                client.stream(method, self.url + path, json=body) as response,
-            ):
-                for chunk in response.iter_bytes():  # the timeout is that of each chunk
-                    data += chunk
-                    if time.perf_counter() - began > seconds:
-                        return Answer(0, problem=f"no complete answer in {seconds:g} s")
-                    if len(data) > MAX_BYTES:
-                        return Answer(response.status_code, problem=f"an answer of more than {MAX_BYTES:,} bytes")
+            with httpx2.Client(timeout=seconds, trust_env=False, headers=self._headers) as client:
+                response = client.request("GET" if body is None else "POST", self.url + path, json=body)
+            took = time.perf_counter() - began
+            if response.is_redirect:
+                problem = f"redirects to {response.headers.get('location')}, which is not followed"
+                return Answer(response.status_code, problem=problem)
+            return Answer(response.status_code, parse_json(response.text) if response.text else None, seconds=took)
         except httpx2.TimeoutException:
-            return Answer(0, problem=f"no complete answer in {seconds:g} s")
+            return Answer(0, problem=f"no answer in {seconds:g} s")
         except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
             return Answer(0, problem=f"no answer: {error or type(error).__name__}")
-        if response.is_redirect:
-            target = response.headers.get("location")
-            return Answer(response.status_code, problem=f"redirects to {target}, which is not followed")
-        took = time.perf_counter() - began
-        try:
-            return Answer(response.status_code, parse_json(data.decode()) if data.strip() else None, seconds=took)
         except ValueError:
-            return Answer(response.status_code, problem="and the answer is no JSON", seconds=took)
+            return Answer(response.status_code, problem="and the answer is no JSON")
 
 
 def check_server(server: Server, prompts: Sequence[CheckedPrompt], backbone: Backbone | None) -> Iterator[Check]:
     """Check a server, and compare its answers with those of the prompts in this process."""
-    health = server.get("/health")
-    yield _page("health", health, "alive", READ_LOG if health.status >= 400 else "check that it runs, and the URL")
+
+    def page(name: str, answer: Answer, detail: str, remedy: str = READ_LOG) -> Check:
+        status: Status = "ok" if answer.is_ok or (name == "health" and answer.status == 200) else "failed"
+        if answer.status in (401, 403):
+            remedy = "give the key that the server was started with"
+        return Check("server", name, status, detail if status == "ok" else answer.description, remedy)
+
+    health = server.request("/health")
+    remedy = READ_LOG if health.status >= 400 else "check that it runs, and the URL"
+    yield page("health", health, "alive", remedy)
     if health.status < 400 and health.status != 200:
         return
-    ready, version, models = (server.get(path) for path in ("/ready", "/version", "/v1/models"))
+    ready, version, models = (server.request(path) for path in ("/ready", "/version", "/v1/models"))
     if ready.status != 404:  # other servers have no such page
-        remedy = "it is loading or ending: try again in a minute" if ready.status == 503 else READ_LOG
-        yield _page("ready", ready, "takes requests", remedy)
+        yield page("ready", ready, "takes requests", "it is loading or ending: try again in a minute")
     if version.status != 404:
         number = version.body.get("version") if isinstance(version.body, Mapping) else None
-        yield _page("version", version, f"{number}", READ_LOG)
+        yield page("version", version, f"{number}")
     names: list[str] = []
     try:
         names = [str(model["id"]) for model in models.body["data"]] if models.is_ok else []
     except (KeyError, TypeError):
         models = replace(models, problem="not a list of models, as OpenAI's clients read it")
-    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    remedy = GIVE_KEY if models.status in (401, 403) else "check that the URL is the address of a model server"
-    yield _page("models", models, f"{len(names)}: {listed}" if names else "none", remedy)
+    detail = f"{len(names)}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+    yield page("models", models, detail, "check that the URL is the address of a model server")
     if not models.is_ok:
         return
     timed: Mapping[str, Json] | None = None
     for read in prompts:
+        name = f"answer of {read.name}"
         if read.prompt is None or backbone is None:
             continue
-        check, request, answered = _compare(server, read.name, read.prompt, backbone, names)
-        timed = request if timed is None and request is not None and check.status == "ok" else timed
-        yield check
-        if not answered:  # nor will it answer the others, and each takes its time
-            return
-    what = "GET /health" if timed is None else f"one record of {timed['model']}"
-    milliseconds = []
-    for _ in range(TIMED_REQUESTS):
-        answer = server.get("/health") if timed is None else server.post("/v1/predict", timed)
-        if answer.status != 200:
-            yield Check("server", "latency", "failed", f"{what}: {answer.description}", READ_LOG)
-            return
-        milliseconds.append(1000 * answer.seconds)
-    median, worst = statistics.median(milliseconds), max(milliseconds)
-    detail = f"{what}: median {median:.1f} ms, worst {worst:.1f} ms of {TIMED_REQUESTS} requests"
-    yield Check("server", "latency", "ok", detail)
-
-
-def _page(name: str, answer: Answer, detail: str, remedy: str) -> Check:
-    """Check a page of the server, which must have an answer of status 200 without a problem; health needs no JSON."""
-    if answer.is_ok or (name == "health" and answer.status == 200):
-        return Check("server", name, "ok", detail)
-    return Check("server", name, "failed", answer.description, remedy)
-
-
-def _compare(
-    server: Server, name: str, prompt: Prompt, backbone: Backbone, served: Sequence[str]
-) -> tuple[Check, Mapping[str, Json] | None, bool]:
-    """Compare the server's answer to a made-up record with that in process. Return the check, the request if one was
-    sent, and whether the server answered.
-    """
-
-    def check(status: Status, detail: str, remedy: str = "") -> Check:
-        return Check("server", f"answer of {name}", status, detail, remedy)
-
-    if name not in served:
-        remedy = "load it there, or check its name"
-        return check("warning", "the server has no prompt of this name", remedy), None, True
-    fields = [] if prompt.answer_space.has_choices else list(typed_fields(prompt))
-    if prompt.answer_space.has_choices or (prompt.task is not None and len(fields) != 1):
-        return check("ok", "not compared: no row of its task can be made up"), None, True
-    top_k = 1 if prompt.label_words is None else min(len(prompt.label_words.labels), COMPARED_ANSWERS)
-    texts = {field: field for field in fields}
-    # A text fills the one field of a task, whatever the column of its files is called.
-    record: Json = {**texts} if prompt.task is None else fields[0]
-    request: dict[str, Json] = {"model": name, "records": [record], "top_k": top_k}
-    try:
-        questions = InferenceInputs.typed(prompt, texts, where="the template").questions
-        expected = PromptModel(backbone).predict(questions, prompt, top_k=top_k)[0]
-    except PTuningError as error:
-        return check("failed", f"not answered in process: {error}", "see the checks of the prompt"), None, True
-    answer = server.post("/v1/predict", request)
-    if not answer.is_ok:
-        remedy = GIVE_KEY if answer.status in (401, 403) else READ_LOG
-        return check("failed", answer.description, remedy), request, answer.status != 0
-    try:
-        row = answer.body["predictions"][0]
-        text, log_probs = row["prediction"], {each["text"]: float(each["log_prob"]) for each in row["candidates"]}
-        if not isinstance(text, str):
-            raise TypeError
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        detail = "no predictions as ptuning predict --json prints them"
-        return check("failed", detail, "update the server"), request, True
-    own = {candidate.text: candidate.log_prob for candidate in expected.candidates}
-    gaps = [abs(log_probs.get(each, math.nan) - own[each]) for each in own]
-    if text == expected.text and len(own) == len(log_probs) and all(gap <= TOLERANCE for gap in gaps):  # a NaN is not
-        detail = f"{text!r} as in process; log-probabilities differ by {max(gaps):.1g} at most"
-        return check("ok", detail), request, True
-    if text != expected.text:
-        detail = f"{text!r} there, {expected.text!r} in process"
-    else:
-        detail = f"{text!r} in both; other candidates, or log-probabilities that differ by {max(gaps):.2g}"
-    remedy = "serve this folder with this backbone, as it was loaded here, and the same version of ptuning"
-    return check("failed", detail, remedy), request, True
+        if read.name not in names:
+            remedy = "load it there, or check its name"
+            yield Check("server", name, "warning", "the server has no prompt of this name", remedy)
+            continue
+        fields = () if read.prompt.answer_space.has_choices else typed_fields(read.prompt)
+        if not fields or (read.prompt.task is not None and len(fields) != 1):
+            yield Check("server", name, "ok", "not compared: no row of its task can be made up")
+            continue
+        words = read.prompt.label_words
+        top_k = 1 if words is None else min(len(words.labels), COMPARED_ANSWERS)
+        texts = {field: field for field in fields}
+        # A text fills the one field of a task, whatever the column of its files is called.
+        record: Json = {**texts} if read.prompt.task is None else fields[0]
+        request: Mapping[str, Json] = {"model": read.name, "records": [record], "top_k": top_k}
+        try:
+            questions = InferenceInputs.typed(read.prompt, texts, where="the template").questions
+            expected = PromptModel(backbone).predict(questions, read.prompt, top_k=top_k)[0]
+        except PTuningError as error:
+            detail = f"not answered in process: {error}"
+            yield Check("server", name, "failed", detail, "see the checks of the prompt")
+            continue
+        answer = server.request("/v1/predict", request)
+        if not answer.is_ok:
+            yield page(name, answer, "")
+            if answer.status == 0:  # nor will it answer the others, and each takes its time
+                return
+            continue
+        own = {candidate.text: candidate.log_prob for candidate in expected.candidates}
+        remedy = "serve this folder with this backbone, as it was loaded here, and the same version of ptuning"
+        try:
+            row = answer.body["predictions"][0]
+            text, log_probs = row["prediction"], {each["text"]: float(each["log_prob"]) for each in row["candidates"]}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            detail = "no predictions as ptuning predict --json prints them"
+            yield Check("server", name, "failed", detail, "update the server")
+            continue
+        gaps = [abs(log_probs.get(each, math.nan) - own[each]) for each in own]
+        if text != expected.text:
+            yield Check("server", name, "failed", f"{text!r} there, {expected.text!r} in process", remedy)
+        elif len(own) != len(log_probs) or not all(gap <= TOLERANCE for gap in gaps):  # a NaN is a fault
+            detail = f"{text!r} in both; other candidates, or log-probabilities that differ by {max(gaps):.2g}"
+            yield Check("server", name, "failed", detail, remedy)
+        else:
+            timed = timed or request
+            detail = f"{text!r} as in process; log-probabilities differ by {max(gaps):.1g} at most"
+            yield Check("server", name, "ok", detail)
+    name = "GET /health" if timed is None else f"one record of {timed['model']}"
+    path = "/health" if timed is None else "/v1/predict"
+    timings = [server.request(path, timed) for _ in range(TIMED_REQUESTS)]
+    failed = next((answer for answer in timings if answer.status != 200), None)
+    if failed is not None:
+        yield Check("server", "latency", "failed", f"{name}: {failed.description}", READ_LOG)
+        return
+    seconds = [answer.seconds for answer in timings]
+    detail = f"{name}: median {1000 * statistics.median(seconds):.1f} ms, worst {1000 * max(seconds):.1f} ms"
+    yield Check("server", "latency", "ok", f"{detail} of {TIMED_REQUESTS} requests")

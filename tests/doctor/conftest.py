@@ -31,7 +31,7 @@ Page = tuple[int, Any] | tuple[int, bytes, dict[str, str]]
 @dataclass
 class StandIn:
     """A server: ``pages`` has what each "GET /path" answers, or a function of the request that returns it. With ``key``
-    all but the health ask for one. Set ``slow`` to a path whose answer comes byte by byte, and never whole.
+    all but the health ask for one. Set ``slow`` to a path that is not answered while it is set.
     """
 
     pages: dict[str, Page | Callable[[Any], Page]]
@@ -66,9 +66,7 @@ def stand_in() -> Iterator[StandIn]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if server_pages.slow == self.path:
-                while not server_pages.released.wait(0.01):
-                    self.wfile.write(b" ")
-                return
+                server_pages.released.wait()
             self.wfile.write(data)
 
         do_POST = do_GET  # noqa: N815 - the name that the server looks for

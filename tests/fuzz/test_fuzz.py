@@ -579,7 +579,7 @@ def servers(draw: Draw, folder: Path) -> None:
     status = draw(st.sampled_from((200, 200, 200, 302, 401, 404, 405, 503)))
     pages[path] = Answer(status, as_python(draw(changed_json(bodies[path]))), seconds=0.1)
     prompt = Prompt.manual("{x} is [Y]", label_words=LabelWords.of("a=yes; b=no"))
-    server = mock.Mock(get=pages.__getitem__, post=lambda path, _: pages[path])
+    server = mock.Mock(request=lambda path, _=None: pages[path])
     for check in check_server(server, [CheckedPrompt("one", "one", [], prompt)], tiny("llama")):
         assert check.detail
         assert bool(check.remedy) == (check.status != "ok")

@@ -41,10 +41,10 @@ def test_a_fault_is_shown_with_its_remedy_and_ends_with_1(prompts: Path, causal:
     assert done.out.endswith("failed: 1\n")
     done = call("doctor", prompts, "--json")
     assert done.code == 1
-    found = json.loads(done.out)
-    assert found["failed"] == 1
-    assert {tuple(check) for check in found["checks"]} == {("group", "name", "status", "detail", "remedy")}
-    failed = [check for check in found["checks"] if check["status"] == "failed"]
+    report = json.loads(done.out)
+    assert report["failed"] == 1
+    assert {tuple(check) for check in report["checks"]} == {("group", "name", "status", "detail", "remedy")}
+    failed = [check for check in report["checks"] if check["status"] == "failed"]
     assert [(check["group"], check["name"]) for check in failed] == [("prompt facts", "prompt.json")]
 
 

@@ -49,7 +49,7 @@ def doctor(
     if as_json:
         listed = list(checks)
         counts.update(check.status for check in listed)
-        terminal.print_json({"checks": [check.to_json() for check in listed], "failed": counts["failed"]})
+        terminal.print_json({"checks": [vars(check) for check in listed], "failed": counts["failed"]})
     else:
         group = ""
         for check in checks:  # each is printed when it is done
